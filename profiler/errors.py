@@ -1,0 +1,11 @@
+"""Errors that mean bad input, shared by every package that reads what this one writes."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input: the message is one line that names the value, what was expected and the remedy."""
+
+
+class TraceError(InputError):
+    """A routing trace that is missing, malformed, or does not fit what it is used with."""

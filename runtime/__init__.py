@@ -1,0 +1,1 @@
+"""Runtime: serves a Mixture-of-Experts model by a placement plan."""
