@@ -9,3 +9,7 @@ class InputError(ValueError):
 
 class TraceError(InputError):
     """A routing trace that is missing, malformed, or does not fit what it is used with."""
+
+
+class ModelError(InputError):
+    """A model that is missing, unreadable, or has no experts that could be recorded."""

@@ -1,0 +1,40 @@
+"""Dispatch rule `level`: which copy of each expert serves a step.
+
+Shape legend: E logical experts, C most copies of any expert, T tokens, K choices per token, G GPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.level_dispatch.reference import level_dispatch as level_dispatch
+from kernels.level_dispatch.reference import split_pairs
+
+INACTIVE = -1
+SPLIT = -2
+
+
+def dispatch_tokens(
+    experts: torch.Tensor, copies: torch.Tensor, num_gpus: int, split_above_tokens: int | None
+) -> torch.Tensor:
+    """Choose the GPU of every token–expert pair of one layer and step.
+
+    Args:
+        experts: logical expert ids, integer ``[T, K]``.
+        copies: GPUs that hold a copy of each expert, int64 ``[E, C]``, ascending, padded with -1.
+        num_gpus: number of GPUs G.
+        split_above_tokens: an expert with more pairs than this and at least two copies is split over all of them;
+            None never splits.
+
+    Returns:
+        GPU ids, int64 ``[T, K]``, on the device of ``experts``.
+    """
+    if copies.shape[1] == 1:  # one copy each: nothing to choose, and no round trip to the host
+        return copies.to(experts.device)[:, 0][experts.long()]
+    host = experts.long().cpu()
+    tokens_per_expert = torch.bincount(host.flatten(), minlength=copies.shape[0])
+    chosen = level_dispatch(tokens_per_expert, copies.cpu(), num_gpus, split_above_tokens)
+    gpus = chosen[host]
+    if (chosen == SPLIT).any():
+        gpus = split_pairs(host, gpus, chosen, copies.cpu())
+    return gpus.to(experts.device)

@@ -1,0 +1,99 @@
+"""What the server and the engine say to each other: tokens in, tokens out, no text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+
+class EngineError(RuntimeError):
+    """The engine is down and takes no requests; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How the engine chooses the next tokens of one request.
+
+    Attributes:
+        temperature: divisor of the logits; 0 takes the most likely token (greedy).
+        top_p: probability mass of the nucleus that is sampled from, in (0, 1].
+        seed: makes the request's draws repeatable; None draws afresh.
+        max_tokens: the most tokens to generate, at least 1.
+        ignore_eos: go on after an end-of-sequence token (for measurements).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    max_tokens: int = 16
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One step of one request; the event that has a finish reason is the request's last.
+
+    Attributes:
+        token_id: the generated token, or None where the event carries none: an end-of-sequence token arrives as
+            ``token_id=None, finish_reason="stop"``.
+        finish_reason: None while the request goes on. ``"length"`` comes together with the last token.
+        error: one line that says what went wrong, with ``finish_reason="error"``.
+    """
+
+    token_id: int | None
+    finish_reason: FinishReason | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What the engine is doing now.
+
+    Attributes:
+        ready: requests are taken.
+        failure: one line that says why the engine is down; None while it is not.
+        running: requests that are being decoded.
+        waiting: requests that wait for a place in the batch.
+    """
+
+    ready: bool
+    failure: str | None
+    running: int
+    waiting: int
+
+
+class EngineProtocol(Protocol):
+    """The engine as the server sees it; every method may be called from any thread."""
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens a request may have, prompt and generated ones together."""
+        ...
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParameters,
+        on_event: Callable[[TokenEvent], None],
+    ) -> int:
+        """Queue a request and return its id; ``on_event`` is called from the engine's own thread.
+
+        Raises:
+            EngineError: the engine is down.
+        """
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """End a request early; a running one emits ``finish_reason="cancelled"``, unknown ids are ignored."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """What the engine is doing now."""
+        ...
+
+    def shutdown(self) -> None:
+        """Stop the engine and free what it holds."""
+        ...

@@ -1,0 +1,8 @@
+"""The OpenAI-compatible HTTP server: text, chat templates, stop strings and streaming above an engine of tokens."""
+
+from __future__ import annotations
+
+from runtime.server.app import create_app
+from runtime.server.listener import bind_socket, run_server
+
+__all__ = ["bind_socket", "create_app", "run_server"]

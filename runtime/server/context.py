@@ -1,0 +1,177 @@
+"""What every route needs: the engine, the tokenizer, and the way from a request's fields to the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from jinja2 import TemplateError
+
+from runtime.requests import EngineProtocol, SamplingParameters
+from runtime.server.detokenizer import DetokenizerFactory
+from runtime.server.errors import ApiError, bad_request, quote
+from runtime.server.generation import Generation, Submission
+from runtime.server.parameters import refuse_unsupported
+from runtime.server.schemas import ChatMessage, GenerationRequest, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_CHOICES = 256
+
+
+class ServerContext:
+    """One served model.
+
+    Args:
+        engine: takes tokens, gives tokens.
+        tokenizer: the model's own.
+        model_name: the name that requests give.
+        created: Unix time in s that ``/v1/models`` reports.
+    """
+
+    def __init__(
+        self, engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model_name: str, created: int
+    ) -> None:
+        self.engine = engine
+        self.model_name = model_name
+        self.created = created
+        self._tokenizer = tokenizer
+        self._detokenizers = DetokenizerFactory(tokenizer)
+        self._vocabulary_size = len(tokenizer)
+        # Encoding long text takes a while, so it runs in a thread; the tokenizer's state allows one at a time.
+        self._encoding = asyncio.Lock()
+        # Weak: a generation ends with its answer, whichever way that goes.
+        self._generations: WeakSet[Generation] = WeakSet()
+
+    def check(self, body: GenerationRequest, num_prompts: int) -> None:
+        """Refuse a request for another model, for too many choices, or for what this server does not have.
+
+        Raises:
+            ApiError: 404 or 400.
+        """
+        if body.model is not None:
+            self.check_model(body.model)
+        refuse_unsupported(body)
+        copies = body.n or 1
+        if num_prompts * copies > MAX_CHOICES:
+            text = f"{num_prompts} prompts with n={copies} are {num_prompts * copies} choices, more than {MAX_CHOICES}"
+            raise bad_request(f"{text}; send several requests", "n")
+        if body.stream_options is not None and not body.stream:
+            raise bad_request(
+                "stream_options is for streams only; set stream to true or leave it out", "stream_options"
+            )
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError 404 unless ``name`` is the served model."""
+        if name != self.model_name:
+            text = f"the model {quote(name)} does not exist here; this server has {quote(self.model_name)}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+
+    async def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a completion's prompt; text gets the tokenizer's special tokens, ids are checked and kept.
+
+        Raises:
+            ApiError: 400, for a token id that the model does not have, or a prompt of no tokens.
+        """
+        if isinstance(prompt, str):
+            async with self._encoding:
+                token_ids = await asyncio.to_thread(self._encode, prompt, True)
+        else:
+            token_ids = prompt
+            for token_id in prompt:
+                if not 0 <= token_id < self._vocabulary_size:
+                    raise bad_request(
+                        f"prompt: token id {token_id} is not within 0..{self._vocabulary_size - 1}", "prompt"
+                    )
+        if not token_ids:
+            raise bad_request("prompt: it has no tokens; give at least one character", "prompt")
+        return token_ids
+
+    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Token ids of a conversation, written out by the tokenizer's chat template.
+
+        Raises:
+            ApiError: 400, if there is no template or it does not take these messages.
+        """
+        if self._tokenizer.chat_template is None:
+            text = f"the tokenizer of {quote(self.model_name)} has no chat template; use /v1/completions"
+            raise bad_request(text, "messages", "no_chat_template")
+        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        async with self._encoding:
+            try:
+                text = await asyncio.to_thread(self._render, conversation)
+            except (TemplateError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise bad_request(f"messages: the chat template refuses them: {reason}", "messages") from error
+            token_ids = await asyncio.to_thread(self._encode, text, False)
+        if not token_ids:
+            raise bad_request("messages: the chat template makes no tokens of them; say something", "messages")
+        return token_ids
+
+    def generate(
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int | None,
+        default_tokens: int | None,
+    ) -> Generation:
+        """Submit ``n`` choices per prompt, prompt by prompt.
+
+        Args:
+            body: the request.
+            prompts: token ids of each prompt.
+            max_tokens: what the request asks for, or None.
+            default_tokens: the most tokens where it asks for none; None takes the rest of the context.
+
+        Raises:
+            ApiError: 400, if a prompt with its tokens is longer than the context.
+            EngineError: the engine is down.
+        """
+        submissions = [
+            Submission(prompt, self._sampling(body, self._room(len(prompt), max_tokens, default_tokens), copy))
+            for prompt in prompts
+            for copy in range(body.n or 1)
+        ]
+        generation = Generation(self.engine, submissions, self._detokenizers, body.stop or ())
+        self._generations.add(generation)
+        return generation
+
+    def abort_generations(self, reason: str) -> None:
+        """End every running generation by an error; called on the event loop."""
+        for generation in list(self._generations):
+            generation.abort(reason)
+
+    def _room(self, prompt_tokens: int, max_tokens: int | None, default_tokens: int | None) -> int:
+        """How many tokens to generate after a prompt."""
+        context = self.engine.max_context
+        rest = context - prompt_tokens
+        code = "context_length_exceeded"
+        if rest < 1:
+            text = f"the prompt has {prompt_tokens} tokens, the context {context} with the generated ones"
+            raise bad_request(f"{text}; shorten the prompt to at most {context - 1} tokens", "prompt", code)
+        if max_tokens is None:
+            return rest if default_tokens is None else min(default_tokens, rest)
+        if max_tokens > rest:
+            total = f"{prompt_tokens} prompt tokens + {max_tokens} max_tokens = {prompt_tokens + max_tokens}"
+            raise bad_request(f"{total}, the context is {context}; ask for at most {rest}", "max_tokens", code)
+        return max_tokens
+
+    @staticmethod
+    def _sampling(body: GenerationRequest, max_tokens: int, copy: int) -> SamplingParameters:
+        return SamplingParameters(
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            # The copies of one prompt must differ, and still be repeatable.
+            seed=None if body.seed is None else body.seed + copy,
+            max_tokens=max_tokens,
+            ignore_eos=body.ignore_eos,
+        )
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+
+    def _render(self, conversation: list[dict[str, str]]) -> str:
+        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))

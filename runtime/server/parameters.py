@@ -1,0 +1,75 @@
+"""Parameters that this server does not have: refused where they would change the result, accepted where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from runtime.server.errors import bad_request, quote
+
+# Accepted and not used: they do not change what the model writes.
+HARMLESS = frozenset(
+    {
+        "include_obfuscation",
+        "metadata",
+        "name",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+
+# The values that ask for nothing (beside null), by parameter. False is not 0 here: 0 log-probabilities are some.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_calls": ([],),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+
+
+def refuse_unsupported(body: BaseModel, prefix: str = "") -> None:
+    """Raise for a parameter that is not supported, also in the models inside ``body``.
+
+    Raises:
+        ApiError: 400, with the parameter's name, its value and the remedy.
+    """
+    for name, value in (body.model_extra or {}).items():
+        if value is None or name in HARMLESS or _is_neutral(name, value):
+            continue
+        known = "is not supported" if name in NEUTRAL else "is unknown"
+        text = f"parameter {quote(prefix + name)} {known} (got {quote(value)}); leave it out"
+        raise bad_request(text, prefix + name, "unsupported_parameter")
+    for name, value in body:
+        children = value if isinstance(value, list) else [value]
+        for index, child in enumerate(children):
+            if isinstance(child, BaseModel):
+                position = f"{index}." if isinstance(value, list) else ""
+                refuse_unsupported(child, f"{prefix}{name}.{position}")
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    return any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
+    )

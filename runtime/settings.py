@@ -1,0 +1,65 @@
+"""Settings of the runtime's verbs, as frozen dataclasses (filled from ``conf/serve.yaml`` and its siblings)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from runtime.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How a plan is served.
+
+    Attributes:
+        model: overrides the plan's model (directory or hub id).
+        weights: ``checkpoint``, or ``random`` for weights made up from the configuration alone.
+        dtype: ``auto`` (the checkpoint's on GPUs, float32 on CPUs), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        exchange: ``allreduce`` or ``alltoall``; None takes the plan's.
+        max_sequences: the most sequences decoded together.
+        max_prefill_tokens: the most prompt tokens, padding included, prefilled in one step.
+        rank_timeout_s: a rank that does not answer for so long is lost.
+    """
+
+    model: str | None = None
+    weights: str = "checkpoint"
+    dtype: str = "auto"
+    device: str = "auto"
+    exchange: str | None = None
+    max_sequences: int = 64
+    max_prefill_tokens: int = 8192
+    rank_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("weights", self.weights, ("checkpoint", "random")),
+            ("dtype", self.dtype, ("auto", *DTYPES)),
+            ("device", self.device, ("auto", "cpu", "cuda")),
+            ("exchange", self.exchange, (None, "allreduce", "alltoall")),
+        ):
+            if value not in allowed:
+                raise ModelError(f"{name}={value}: expected one of {', '.join(map(str, allowed))}")
+        for name, number in (
+            ("max_sequences", self.max_sequences),
+            ("max_prefill_tokens", self.max_prefill_tokens),
+            ("rank_timeout_s", self.rank_timeout_s),
+        ):
+            if isinstance(number, bool) or not isinstance(number, int | float) or number < 1:
+                raise ModelError(f"{name}={number}: expected a number of at least 1")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> EngineSettings:
+        """Take this class's keys out of a composed configuration."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype | str:
+        """The dtype to load with on this device."""
+        if self.dtype == "auto":
+            return "auto" if device.type == "cuda" else torch.float32
+        return DTYPES[self.dtype]

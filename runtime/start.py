@@ -1,0 +1,136 @@
+"""Bringing a plan to life: ranks, shards and the engine, from a plan file and settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from placement.plan import PlacementPlan
+from profiler.fingerprint import model_fingerprint
+from runtime.checkpoint import load_shard
+from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
+from runtime.engine import Engine, eos_token_ids
+from runtime.errors import ModelError
+from runtime.exchange import EXCHANGES
+from runtime.launcher import LocalRanks
+from runtime.random_weights import random_shard
+from runtime.settings import EngineSettings
+from runtime.worker import RankWorker, local_slots
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """One rank of a run, ready to work.
+
+    Attributes:
+        plan: the placement plan.
+        model_path: directory or hub id of the model that was loaded.
+        group: all ranks.
+        worker: this rank's.
+        ranks: the local ranks this process started, None where it was started as a rank itself.
+    """
+
+    plan: PlacementPlan
+    model_path: str
+    group: RankGroup
+    worker: RankWorker
+    ranks: LocalRanks | None
+
+    def start_engine(self, settings: EngineSettings) -> Engine:
+        """The engine of rank 0 (not yet running)."""
+        config = self.worker.model.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or 4096
+        return Engine(self.worker, settings, eos_token_ids(self.worker.model.model), int(context))
+
+    def close(self) -> None:
+        """End the ranks; they must have been told to stop, or are killed."""
+        if self.ranks is not None:
+            self.ranks.wait(timeout_s=10)
+        self.group.close()
+
+
+def load_plan(path: str, settings: EngineSettings) -> tuple[PlacementPlan, str]:
+    """Read the plan and check it against the model's configuration before anything is started.
+
+    Returns:
+        The plan, and the model's directory or hub id.
+
+    Raises:
+        PlanError: the plan is malformed or was made for another model.
+        ModelError: the model or the exchange mode cannot be served.
+    """
+    plan = PlacementPlan.load(path)
+    model = settings.model or plan.resolve_model(path)
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1):
+        raise ModelError(f"model {model}: no such directory; give model=DIRECTORY with config.json and safetensors")
+    exchange = settings.exchange or plan.workload.exchange
+    if exchange not in EXCHANGES:
+        raise ModelError(f"exchange {exchange}: this version serves {' and '.join(EXCHANGES)}; give exchange=allreduce")
+    fingerprint = model_fingerprint(model) if plan.model_fingerprint else None
+    layer_ids, num_experts, top_k = _moe_shape(model)
+    plan.check_model(num_experts, top_k, layer_ids, fingerprint)
+    return plan, model
+
+
+def _moe_shape(model: str) -> tuple[list[int], int, int]:
+    """MoE layers, experts and choices per token of a model, from its configuration alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from profiler.seam import find_moe_layers
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"model {model}: no usable config.json ({line})") from error
+    layers = find_moe_layers(skeleton)
+    return [layer.layer_id for layer in layers], layers[0].num_experts, layers[0].top_k
+
+
+def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
+    """Start or join the ranks and load this rank's shard.
+
+    Without torchrun's variables this process becomes rank 0 and starts the others on this host.
+    """
+    ranks = None
+    address = RankAddress.from_environment()
+    if address is None:
+        ranks = LocalRanks(plan.num_gpus)
+        address = ranks.address
+    if address.world_size != plan.num_gpus:
+        raise ModelError(
+            f"{address.world_size} ranks were started, the plan is for {plan.num_gpus} GPUs: start as many"
+        )
+    try:
+        return _load_rank(plan, model, settings, address, ranks)
+    except BaseException:
+        if ranks is not None:
+            ranks.kill()
+        raise
+
+
+def _load_rank(
+    plan: PlacementPlan, model: str, settings: EngineSettings, address: RankAddress, ranks: LocalRanks | None
+) -> Run:
+    device = choose_device(settings.device, address)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // address.local_world_size))
+    backend = choose_backend(device, address)
+    exchange = settings.exchange or plan.workload.exchange
+    if address.rank == 0:
+        logger.info("%d ranks on %s over %s, exchange %s", address.world_size, device.type, backend, exchange)
+    group = RankGroup(address, device, backend, settings.rank_timeout_s)
+    load: Any = random_shard if settings.weights == "random" else load_shard
+    shard, report = load(model, local_slots(plan, address.rank), settings.torch_dtype(device), device)
+    worker = RankWorker(shard, report, plan, group, exchange)
+    group.barrier()
+    return Run(plan, model, group, worker, ranks)

@@ -1,0 +1,53 @@
+"""What rank 0 tells every rank to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A sequence that starts.
+
+    Attributes:
+        sequence: its number, unique over the run.
+        tokens: the prompt's token ids.
+        home: the rank that samples it (and, in ``alltoall``, that alone holds its cache).
+        temperature: of its sampler.
+        top_p: of its sampler.
+        seed: of its sampler.
+    """
+
+    sequence: int
+    tokens: list[int]
+    home: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of all ranks: first retire, then prefill what is admitted, else decode what runs, else nothing.
+
+    Attributes:
+        retire: sequences that ended.
+        admit: sequences to prefill together; decoding pauses for this step.
+        stop: leave the loop.
+    """
+
+    retire: list[int] = field(default_factory=list)
+    admit: list[Admission] = field(default_factory=list)
+    stop: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain lists and dictionaries."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(message: Mapping[str, Any]) -> StepPlan:
+        """Back from `to_json`."""
+        admissions = [Admission(**admission) for admission in message["admit"]]
+        return StepPlan(list(message["retire"]), admissions, bool(message["stop"]))

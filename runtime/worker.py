@@ -1,0 +1,167 @@
+"""One rank at work: its shard of the model, its sequences, and the steps rank 0 plans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from placement.plan import PlacementPlan
+from runtime.batch import CausalModel, SequenceBatch
+from runtime.checkpoint import LoadReport
+from runtime.context import StepContext
+from runtime.distributed import RankGroup
+from runtime.exchange import EXCHANGES, DispatchRule
+from runtime.experts import ExpertShard
+from runtime.sampling import Sampler
+from runtime.step_plan import Admission, StepPlan
+
+
+class RankWorker:
+    """Executes step plans; all ranks run the same plans in the same order.
+
+    Args:
+        model: this rank's shard (from `load_shard` or `random_shard`).
+        report: what the loader found.
+        plan: the placement plan.
+        group: all ranks; GPU g of the plan is rank g.
+        exchange: ``allreduce`` (every rank holds every sequence) or ``alltoall`` (each its own).
+    """
+
+    def __init__(self, model: Any, report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str) -> None:
+        self.group, self.context = group, StepContext()
+        self.model = CausalModel(model)
+        self.everyone_holds_all = exchange == "allreduce"
+        self.layers = report.layers
+        install_shards(report, plan, group, exchange, self.context)
+        self.homes: dict[int, int] = {}  # every running sequence, in the order of admission
+        self.last_token: dict[int, int] = {}
+        self._samplers: dict[int, Sampler] = {}
+        self._batch: SequenceBatch | None = None
+
+    def serve(self) -> None:
+        """Follow rank 0's plans until it says stop (ranks other than 0)."""
+        while True:
+            step = StepPlan.from_json(self.group.broadcast_json())
+            if step.stop:
+                return
+            self.execute(step)
+
+    def execute(self, step: StepPlan) -> dict[int, int]:
+        """Run one step.
+
+        Returns:
+            The new token of every sequence that took part, on every rank.
+        """
+        self._retire(step.retire)
+        if step.admit:
+            taking_part = {admission.sequence: admission.home for admission in step.admit}
+            self._count_tokens({admission.sequence: len(admission.tokens) for admission in step.admit}, taking_part)
+            sampled = self._prefill([a for a in step.admit if self._holds(a.home)])
+            self.homes.update(taking_part)
+        elif self.homes:
+            taking_part = dict(self.homes)
+            self._count_tokens(dict.fromkeys(taking_part, 1), taking_part)
+            sampled = self._decode()
+        else:
+            return {}
+        tokens = self._share(sampled, taking_part)
+        self.last_token.update(tokens)
+        return tokens
+
+    def _holds(self, home: int) -> bool:
+        return self.everyone_holds_all or home == self.group.rank
+
+    def _retire(self, sequences: list[int]) -> None:
+        for sequence in sequences:
+            self.homes.pop(sequence, None)
+            self.last_token.pop(sequence, None)
+            self._samplers.pop(sequence, None)
+        if self._batch is not None and sequences:
+            rows = [row for row, sequence in enumerate(self._batch.sequences) if sequence in self.homes]
+            if not rows:
+                self._batch = None
+            elif len(rows) < len(self._batch.sequences):
+                self._batch.keep(rows)
+
+    def _count_tokens(self, lengths: dict[int, int], homes: dict[int, int]) -> None:
+        self.context.tokens_per_rank = [0] * self.group.world_size
+        for sequence, length in lengths.items():
+            self.context.tokens_per_rank[homes[sequence]] += length
+
+    def _prefill(self, admissions: list[Admission]) -> dict[int, int]:
+        if not admissions:
+            return self._take_part_idle()
+        prompts = [admission.tokens for admission in admissions]
+        longest = max(map(len, prompts))
+        padded = [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+        valid = torch.tensor(padded, device=self.group.device).flatten()
+        self.context.valid = None if bool(valid.all()) else valid
+        batch, logits = self.model.prefill([admission.sequence for admission in admissions], prompts)
+        for admission in admissions:
+            self._samplers[admission.sequence] = Sampler(admission.temperature, admission.top_p, admission.seed)
+        if self._batch is None:
+            self._batch = batch
+        else:
+            self._batch.absorb(batch)
+        return self._sample(batch.sequences, logits)
+
+    def _decode(self) -> dict[int, int]:
+        if self._batch is None:
+            return self._take_part_idle()
+        self.context.valid = None
+        sequences = self._batch.sequences
+        logits = self.model.decode(self._batch, [self.last_token[sequence] for sequence in sequences])
+        return self._sample(sequences, logits)
+
+    @torch.inference_mode()
+    def _take_part_idle(self) -> dict[int, int]:
+        """Without sequences of its own a rank still serves its experts to the others, layer by layer."""
+        self.context.valid = None
+        model = self.model.model
+        hidden = torch.empty((0, model.config.get_text_config().hidden_size), dtype=model.dtype, device=model.device)
+        for layer in self.layers:
+            ids = torch.empty((0, layer.top_k), dtype=torch.long, device=model.device)
+            layer.experts.forward(hidden, ids, hidden.new_empty((0, layer.top_k)))
+        return {}
+
+    def _sample(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
+        if self.everyone_holds_all and self.group.rank != 0:
+            return {}
+        return {seq: self._samplers[seq](row) for seq, row in zip(sequences, logits, strict=True)}
+
+    def _share(self, sampled: dict[int, int], homes: dict[int, int]) -> dict[int, int]:
+        """Every rank learns the new tokens."""
+        if self.everyone_holds_all:
+            tokens = torch.tensor([sampled.get(sequence, 0) for sequence in homes])
+            return dict(zip(homes, self.group.broadcast_tokens(tokens).tolist(), strict=True))
+        by_rank = [[seq for seq, home in homes.items() if home == rank] for rank in range(self.group.world_size)]
+        mine = torch.zeros(max(map(len, by_rank)), dtype=torch.int64)
+        mine[: len(sampled)] = torch.tensor([sampled[seq] for seq in by_rank[self.group.rank]], dtype=torch.int64)
+        rows = self.group.gather_tokens(mine).tolist()
+        found = {
+            seq: row[place] for members, row in zip(by_rank, rows, strict=True) for place, seq in enumerate(members)
+        }
+        return {sequence: found[sequence] for sequence in homes}
+
+
+def local_slots(plan: PlacementPlan, rank: int) -> dict[int, tuple[int, ...]]:
+    """Logical ids of one rank's slots, by decoder layer."""
+    return {layer: plan.slots[index][rank] for index, layer in enumerate(plan.layer_ids)}
+
+
+def install_shards(
+    report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str, context: StepContext
+) -> None:
+    """Give every experts module of the model its sharded forward."""
+    mode = EXCHANGES[exchange](group)
+    position = {layer: index for index, layer in enumerate(plan.layer_ids)}
+    for layer in report.layers:
+        index = position[layer.layer_id]
+        slot_of_expert = torch.full((plan.num_experts,), -1)
+        for slot, expert in enumerate(plan.slots[index][group.rank]):
+            slot_of_expert[expert] = slot
+        copies = torch.as_tensor(plan.copies(index)).long().to(group.device)
+        rule = DispatchRule(copies, group.world_size, plan.dispatch.split_above_tokens)
+        shard = ExpertShard(index, slot_of_expert.to(group.device), rule, mode, context, group.rank)
+        shard.install(layer.experts)
