@@ -17,9 +17,8 @@ from typing import Any
 import torch
 
 from placement.atomic import write_atomically
-from placement.plan import PlacementPlan
 from profiler.errors import InputError
-from runtime.serve import follow
+from runtime.distributed import RankGroup
 from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, start_run
 from runtime.step_plan import Admission, StepPlan
@@ -57,74 +56,45 @@ def bench_decode(plan_path: str, settings: EngineSettings, benchmark: DecodeBenc
     """Time decode steps and print a row per batch size; returns the exit code."""
     plan, model = load_plan(plan_path, settings)
     run = start_run(plan, model, settings)
-    if run.group.rank != 0:
-        return follow(run)
-    rows = []
-    print(f"{'batch':>6} {'ms/step':>9} {'p95':>9} {'tokens/s':>10}")
-    for batch in benchmark.batch_sizes:
-        times = _time_batch(run, benchmark, batch)
-        row = _row(run, plan, settings, benchmark, batch, times)
-        rows.append(row)
-        print(f"{batch:>6} {row['ms_per_step']:>9.3f} {row['p95_ms_per_step']:>9.3f} {row['tokens_per_s']:>10.0f}")
-    _send(run, StepPlan(stop=True))
+    rows = [time_batch(run, benchmark, batch) for batch in benchmark.batch_sizes]
+    if run.group.rank == 0:
+        print(f"{'batch':>6} {'ms/step':>9} {'p95':>9} {'tokens/s':>10}")
+        for row in rows:
+            figures = f"{row['ms_per_step']:>9.3f} {row['p95_ms_per_step']:>9.3f} {row['tokens_per_s']:>10.0f}"
+            print(f"{row['batch']:>6} {figures}")
+        if output is not None:
+            document = describe_machine(run.group) | {"rows": rows}
+            write_atomically(Path(output), json.dumps(document, indent=1) + "\n")
     run.close()
-    if output is not None:
-        document = {"command": _command(), "commit": _commit(), "device": _device(run), "versions": _versions()}
-        write_atomically(Path(output), json.dumps(document | {"rows": rows}, indent=1) + "\n")
     return 0
 
 
-def _time_batch(run: Run, benchmark: DecodeBenchmark, batch: int) -> list[float]:
-    """Seconds of every timed step; each ends with the new tokens on all ranks."""
+def time_batch(run: Run, benchmark: DecodeBenchmark, batch: int) -> dict[str, Any]:
+    """Time decode steps of one batch size; every rank calls this with the same arguments.
+
+    Returns:
+        A flat row; a step lasts from its plan until all ranks know the new tokens.
+    """
+    worker = run.worker
     generator = torch.Generator().manual_seed(benchmark.seed + batch)
-    vocabulary = run.worker.model.model.config.get_text_config().vocab_size
+    vocabulary = worker.model.model.config.get_text_config().vocab_size
     length = benchmark.context - benchmark.warmup_steps
     prompts = torch.randint(vocabulary, (batch, length), generator=generator).tolist()
-    together = max(1, 8192 // length)
-    homes = 1 if run.worker.everyone_holds_all else run.group.world_size
+    homes = 1 if worker.everyone_holds_all else run.group.world_size
     admissions = [Admission(number, prompt, number % homes, 0.0, 1.0, 0) for number, prompt in enumerate(prompts)]
-    groups = [admissions[start : start + together] for start in range(0, batch, together)]
-    if not run.worker.model.can_merge:
-        groups = [admissions]
-    for group in groups:
-        _send(run, StepPlan(admit=group))
+    together = max(1, 8192 // length) if worker.model.can_merge else batch
+    for start in range(0, batch, together):
+        worker.execute(StepPlan(admit=admissions[start : start + together]))
     times = []
     for step in range(benchmark.warmup_steps + benchmark.steps):
-        start = time.perf_counter()
-        _send(run, StepPlan())
+        start_s = time.perf_counter()
+        run.group.broadcast_json(StepPlan().to_json())  # as the engine does
+        worker.execute(StepPlan())
         if step >= benchmark.warmup_steps:
-            times.append(time.perf_counter() - start)
-    _send(run, StepPlan(retire=list(range(batch))))
-    return times
-
-
-def _send(run: Run, step: StepPlan) -> None:
-    """Let every rank execute a step."""
-    run.group.broadcast_json(step.to_json())
-    if not step.stop:
-        run.worker.execute(step)
-
-
-def _row(
-    run: Run,
-    plan: PlacementPlan,
-    settings: EngineSettings,
-    benchmark: DecodeBenchmark,
-    batch: int,
-    times: list[float],
-) -> dict[str, Any]:
+            times.append(time.perf_counter() - start_s)
+    worker.execute(StepPlan(retire=list(range(batch))))
     median = statistics.median(times)
-    return {
-        "engine": "expertplan universal",
-        "shape": run.model_path,
-        "weights": settings.weights,
-        "gpus": run.group.world_size,
-        "device": run.group.device.type,
-        "placement": plan.strategy,
-        "exchange": settings.exchange or plan.workload.exchange,
-        "batch": batch,
-        "context": f"{benchmark.context}-{benchmark.context + benchmark.steps}",
-        "dtype": str(run.worker.model.model.dtype).removeprefix("torch."),
+    return describe_run(run, batch, f"{benchmark.context}-{benchmark.context + benchmark.steps}") | {
         "routes": "model",
         "repeats": len(times),
         "ms_per_step": median * 1e3,
@@ -133,8 +103,39 @@ def _row(
     }
 
 
-def _command() -> str:
-    return "python -m runtime " + shlex.join(sys.argv[1:])
+def describe_run(run: Run, batch: int, context: str) -> dict[str, Any]:
+    """What every row says of its run."""
+    return {
+        "engine": "expertplan universal",
+        "shape": Path(run.model_path).name,
+        "ranks": run.group.world_size,
+        "gpus": min(run.group.world_size, torch.cuda.device_count()) if run.group.device.type == "cuda" else 0,
+        "backend": run.group.backend,
+        "placement": run.plan.strategy,
+        "exchange": "allreduce" if run.worker.everyone_holds_all else "alltoall",
+        "batch": batch,
+        "context": context,
+        "dtype": str(run.worker.model.model.dtype).removeprefix("torch."),
+    }
+
+
+def describe_machine(group: RankGroup) -> dict[str, Any]:
+    """Command, commit, device and versions, as every result file states them."""
+    import transformers
+
+    device = f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    if group.device.type == "cuda":
+        device = f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(group.device)}"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "device": device,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
 
 
 def _commit() -> str | None:
@@ -143,16 +144,4 @@ def _commit() -> str | None:
         answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return answer.stdout.strip() or None
-
-
-def _device(run: Run) -> str:
-    if run.group.device.type == "cuda":
-        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(run.group.device)}"
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    return answer.stdout.strip() if answer.returncode == 0 else None

@@ -48,7 +48,8 @@ class RankGroup:
     """
 
     def __init__(self, address: RankAddress, device: torch.device, backend: str, timeout_s: float) -> None:
-        self.rank, self.world_size, self.device = address.rank, address.world_size, device
+        self.rank, self.world_size = address.rank, address.world_size
+        self.device, self.backend = device, backend
         timeout = timedelta(seconds=timeout_s)
         if device.type == "cuda":
             torch.cuda.set_device(device)

@@ -14,7 +14,8 @@ from kernels.level_dispatch import dispatch_tokens
 from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 
-# rows [N, D], GPU of every pair [N, K], logical ids [N, K], weights [N, K] -> this rank's share of the outputs [N, D]
+# rows [N, D], GPU of every pair [N, K], logical ids [N, K], weights [N, K] -> this rank's share of the outputs, float32
+# [N, D]. Shares travel and are summed in float32, so that in any dtype the sum hardly depends on the placement.
 LocalExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -60,7 +61,9 @@ class AllReduceExchange:
             routes = _unpack_routes(self.group.broadcast(_pack_routes(*routes)), routes[1].dtype)
         experts, weights = routes
         partial = local(hidden, rule(experts), experts, weights)
-        return self.group.all_reduce(partial) if self.group.world_size > 1 and len(hidden) else partial
+        if self.group.world_size > 1 and len(hidden):
+            partial = self.group.all_reduce(partial)
+        return partial.to(hidden.dtype)
 
 
 class AllToAllExchange:
@@ -84,11 +87,11 @@ class AllToAllExchange:
         served = needed[rank].nonzero().flatten()  # ordered by source rank, as the rows arrive
         partial = local(received, gpus[served], experts[served], weights[served])
         returned = self.group.all_to_all(partial, [row[rank] for row in plan], plan[rank])
-        output = torch.zeros_like(hidden)
+        output = torch.zeros_like(hidden, dtype=torch.float32)
         for gpu in range(world):  # a fixed order of summation
             chosen = destination == gpu
             output[token[chosen]] += returned[chosen]
-        return output
+        return output.to(hidden.dtype)
 
     def _gather_routes(self, routes: Routes, counts: list[int]) -> Routes:
         """Routes of all ranks' tokens ``[S, K]``, in the order of the ranks."""

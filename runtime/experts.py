@@ -74,6 +74,7 @@ class ExpertShard:
     def install(self, experts: nn.Module) -> None:
         """Replace the module's forward by the sharded one."""
         compute = _grouped if self._can_group(experts) else _by_pairs
+        experts._is_expert_parallel = True  # type: ignore[assignment]  # Transformers then expects foreign pairs
         original = getattr(type(experts).forward, "__wrapped__", type(experts).forward)
         experts.forward = functools.partial(self.forward, experts, functools.partial(compute, original))
 
@@ -117,7 +118,7 @@ class ExpertShard:
         ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        """This rank's share of the outputs ``[N, D]``: pairs served elsewhere are marked with slot -1."""
+        """This rank's share of the outputs, float32 ``[N, D]``: pairs served elsewhere are marked with slot -1."""
         slots = torch.where(gpus == self.rank, self.slot_of_expert[ids.long()], -1)
         return compute(experts, rows, slots, weights)
 
@@ -126,12 +127,11 @@ def _by_pairs(
     original: ExpertsForward, experts: nn.Module, rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
     """Call the family's own forward on the local pairs as if each were a token with one choice."""
-    contributions = rows.new_zeros((*slots.shape, rows.shape[1]))  # [N, K, D]
+    contributions = rows.new_zeros((*slots.shape, rows.shape[1]), dtype=torch.float32)  # [N, K, D]
     token, choice = (slots >= 0).nonzero(as_tuple=True)
     if len(token):
-        contributions[token, choice] = original(
-            experts, rows[token], slots[token, choice, None], weights[token, choice, None]
-        ).to(rows.dtype)
+        pairs = original(experts, rows[token], slots[token, choice, None], weights[token, choice, None])
+        contributions[token, choice] = pairs.float()
     return contributions.sum(dim=1)
 
 
@@ -143,9 +143,13 @@ def _grouped(
 
     num_slots: int = experts.num_experts  # type: ignore[assignment]
     if num_slots == 0 or len(rows) == 0:
-        return torch.zeros_like(rows)
+        return torch.zeros_like(rows, dtype=torch.float32)
     foreign = slots < 0
-    output: torch.Tensor = grouped_mm_experts_forward(
-        experts, rows, slots.masked_fill(foreign, num_slots), weights.masked_fill(foreign, 0)
-    )
-    return output
+    num_choices = slots.shape[1]
+    pairs = grouped_mm_experts_forward(
+        experts,
+        rows.repeat_interleave(num_choices, dim=0),
+        slots.masked_fill(foreign, num_slots).view(-1, 1),
+        weights.masked_fill(foreign, 0).view(-1, 1),
+    )  # [N·K, D]: one row per pair, so that the sum over the choices stays ours
+    return pairs.view(len(rows), num_choices, -1).float().sum(dim=1)

@@ -9,7 +9,7 @@ class Sampler:
     """Draws one request's tokens.
 
     Args:
-        temperature: divisor of the logits; 0 takes the most likely token.
+        temperature: divisor of the logits; 0 means greedy, which needs no draw.
         top_p: probability mass of the nucleus that is sampled from, in (0, 1].
         seed: of this request's draws, which do not depend on what else is in the batch.
     """
@@ -19,9 +19,7 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: torch.Tensor) -> int:
-        """Choose a token id from float32 logits ``[vocabulary]``."""
-        if self.temperature == 0:
-            return int(logits.argmax())
+        """Draw a token id from float32 logits ``[vocabulary]``; the temperature must be above 0."""
         probabilities = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
         if self.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)

@@ -111,26 +111,29 @@ def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
             f"{address.world_size} ranks were started, the plan is for {plan.num_gpus} GPUs: start as many"
         )
     try:
-        return _load_rank(plan, model, settings, address, ranks)
+        group = join_group(address, settings)
+        if address.rank == 0:
+            where = f"{address.world_size} ranks on {group.device.type} over {group.backend}"
+            logger.info("%s, exchange %s, model %s", where, settings.exchange or plan.workload.exchange, model)
+        worker = load_worker(plan, model, settings, group)
+        group.barrier()
+        return Run(plan, model, group, worker, ranks)
     except BaseException:
         if ranks is not None:
             ranks.kill()
         raise
 
 
-def _load_rank(
-    plan: PlacementPlan, model: str, settings: EngineSettings, address: RankAddress, ranks: LocalRanks | None
-) -> Run:
+def join_group(address: RankAddress, settings: EngineSettings) -> RankGroup:
+    """Choose this rank's device and meet the other ranks."""
     device = choose_device(settings.device, address)
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // address.local_world_size))
-    backend = choose_backend(device, address)
-    exchange = settings.exchange or plan.workload.exchange
-    if address.rank == 0:
-        logger.info("%d ranks on %s over %s, exchange %s", address.world_size, device.type, backend, exchange)
-    group = RankGroup(address, device, backend, settings.rank_timeout_s)
+    return RankGroup(address, device, choose_backend(device, address), settings.rank_timeout_s)
+
+
+def load_worker(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> RankWorker:
+    """Load this rank's shard of the model and put it to work in the group."""
     load: Any = random_shard if settings.weights == "random" else load_shard
-    shard, report = load(model, local_slots(plan, address.rank), settings.torch_dtype(device), device)
-    worker = RankWorker(shard, report, plan, group, exchange)
-    group.barrier()
-    return Run(plan, model, group, worker, ranks)
+    shard, report = load(model, local_slots(plan, group.rank), settings.torch_dtype(group.device), group.device)
+    return RankWorker(shard, report, plan, group, settings.exchange or plan.workload.exchange)

@@ -128,7 +128,12 @@ class RankWorker:
     def _sample(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
         if self.everyone_holds_all and self.group.rank != 0:
             return {}
-        return {seq: self._samplers[seq](row) for seq, row in zip(sequences, logits, strict=True)}
+        greedy = logits.argmax(dim=-1).tolist()  # one round trip to the device for the whole batch
+        tokens = {}
+        for row, (sequence, token) in enumerate(zip(sequences, greedy, strict=True)):
+            sampler = self._samplers[sequence]
+            tokens[sequence] = token if sampler.temperature == 0 else sampler(logits[row])
+        return tokens
 
     def _share(self, sampled: dict[int, int], homes: dict[int, int]) -> dict[int, int]:
         """Every rank learns the new tokens."""

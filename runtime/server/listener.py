@@ -68,7 +68,7 @@ def run_server(
         app: what ``create_app`` made.
         server_socket: what ``bind_socket`` made; closed in the end.
         engine: watched for a failure.
-        grace_seconds: after this time the requests that are left end with an error. A second SIGINT ends them at once.
+        grace_seconds: after this time the requests that are left end with an error. A second SIGINT cuts them at once.
         on_ready: called with the server's URL once it accepts connections.
 
     Returns:
@@ -109,22 +109,25 @@ async def _serve(
         await server.serve(sockets=[server_socket])
     finally:
         watch.cancel()
-        await asyncio.wait([watch])
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
     # A signal to the whole process group ends the engine's ranks too; that is not a failure.
     return None if server.interrupted else engine.status().failure
 
 
 async def _watch(server: _Server, engine: EngineProtocol, on_ready: Callable[[], None] | None) -> None:
     """Say when the server is up, and end it when the engine fails."""
-    while not server.started:
-        await asyncio.sleep(0.01)
-    if on_ready is not None:
-        on_ready()
-    while (failure := engine.status().failure) is None:
-        await asyncio.sleep(STATUS_INTERVAL_S)
-    # An engine that died in the middle of a step may not have told its requests.
-    server.context.abort_generations(failure)
-    server.should_exit = True
+    try:
+        while not server.started:
+            await asyncio.sleep(0.01)
+        if on_ready is not None:
+            on_ready()
+        while (failure := engine.status().failure) is None:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+        # An engine that died in the middle of a step may not have told its requests.
+        server.context.abort_generations(failure)
+    finally:
+        server.should_exit = True
 
 
 class _Server(uvicorn.Server):

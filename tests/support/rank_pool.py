@@ -1,0 +1,182 @@
+"""Rank processes that are kept between tests: real processes, joined over gloo, that run one job after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to load by a plan, and prompts to continue greedily.
+
+    Attributes:
+        model: directory.
+        plan: as `PlacementPlan.to_dict` gives it.
+        exchange: mode.
+        prompts: token ids.
+        arrivals: the step at which each prompt is admitted.
+        new_tokens: generated for each prompt.
+        dtype: name of the torch dtype.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    exchange: str
+    prompts: list[list[int]]
+    arrivals: list[int]
+    new_tokens: int
+    dtype: str = "float32"
+    random_weights: bool = False
+
+
+@dataclass
+class Result:
+    """What a rank found; tokens and logits are those it sampled itself.
+
+    Attributes:
+        tokens: generated ids per prompt.
+        logits: float32 ``[new_tokens, V]`` per prompt.
+        routes: per layer index, the ids ``[T, K]`` of all forward passes in order.
+        expert_parameter_bytes: of the experts modules after loading.
+        expert_bytes_read: from the checkpoint.
+    """
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    logits: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    routes: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    expert_parameter_bytes: int = 0
+    expert_bytes_read: int = 0
+
+
+class RankPool:
+    """``world_size`` processes that execute the same job together, on CPUs over gloo or on GPUs over NCCL."""
+
+    def __init__(self, world_size: int, device: str = "cpu") -> None:
+        self.world_size = world_size
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, world_size, self._store.port, device, theirs)
+            process = context.Process(target=_rank_main, args=arguments, daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, job: Job) -> list[Result]:
+        """Execute a job; every rank's result, or the first rank's traceback as an error."""
+        for pipe in self._pipes:
+            pipe.send(job)
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_S):
+                raise TimeoutError(f"rank {rank} gave no answer within {TIMEOUT_S} s")
+            result = pipe.recv()
+            if isinstance(result, str):
+                raise RuntimeError(f"rank {rank} failed:\n{result}")
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _rank_main(rank: int, world_size: int, port: int, device: str, pipe: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    torch.set_num_threads(1)
+    from transformers.utils import logging
+
+    from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    address = RankAddress.from_environment()
+    assert address is not None
+    chosen = choose_device(device, address)
+    group = RankGroup(address, chosen, choose_backend(chosen, address), TIMEOUT_S)
+    while True:
+        job = pipe.recv()
+        try:
+            pipe.send(_run_job(job, group))
+        except Exception:  # noqa: BLE001 - the parent raises it
+            pipe.send(traceback.format_exc())
+
+
+def _run_job(job: Job, group: Any) -> Result:
+    from placement.plan import PlacementPlan
+    from runtime.checkpoint import load_shard
+    from runtime.random_weights import random_shard
+    from runtime.worker import RankWorker, local_slots
+
+    plan = PlacementPlan.from_dict(job.plan)
+    load = random_shard if job.random_weights else load_shard
+    model, report = load(job.model, local_slots(plan, group.rank), getattr(torch, job.dtype), group.device)
+    result = Result(expert_bytes_read=report.expert_bytes_read)
+    result.expert_parameter_bytes = sum(
+        parameter.nbytes for layer in report.layers for parameter in layer.experts.parameters()
+    )
+    worker = RankWorker(model, report, plan, group, job.exchange)
+    worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
+    _record_logits(worker, result)
+    _drive(worker, job, group.world_size, result)
+    return result
+
+
+def _record_logits(worker: Any, result: Result) -> None:
+    sample = worker._sample
+
+    def recording(sequences: list[int], logits: torch.Tensor) -> Any:
+        sampled = sample(sequences, logits)
+        for row, sequence in enumerate(sequences):
+            if sequence in sampled:
+                result.logits.setdefault(sequence, []).append(logits[row].cpu().numpy())
+        return sampled
+
+    worker._sample = recording
+
+
+def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
+    """Every rank derives the same plans from the job, as if rank 0 had sent them."""
+    from runtime.step_plan import Admission, StepPlan
+
+    retire: list[int] = []
+    pending = dict(enumerate(job.arrivals))
+    step = 0
+    while pending or worker.homes:
+        due = [number for number, arrival in pending.items() if arrival <= step]
+        if not worker.model.can_merge and (worker.homes.keys() - set(retire)):
+            due = []
+        for number in due:
+            del pending[number]
+        admit = [
+            Admission(n, job.prompts[n], 0 if worker.everyone_holds_all else n % world_size, 0.0, 1.0, 0) for n in due
+        ]
+        new = worker.execute(StepPlan(retire, admit))
+        retire = []
+        for sequence, token in new.items():
+            result.tokens.setdefault(sequence, []).append(token)
+            if len(result.tokens[sequence]) == job.new_tokens:
+                retire.append(sequence)
+        step += 1
