@@ -12,6 +12,7 @@ and with free routing (near-ties may flip a few routes).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import sys
@@ -193,6 +194,7 @@ def main() -> None:
                 save_file(agreement.recorded, record)
             rows += measure(run, reference, benchmark)
             del worker, run
+            gc.collect()  # a shard and its experts module refer to each other
             if group.device.type == "cuda":
                 torch.cuda.empty_cache()
     if group.rank == 0:

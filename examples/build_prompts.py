@@ -2,8 +2,8 @@
 
     python -m examples.build_prompts --model examples/demo-moe --corpus .corpus -o examples/prompts
 
-A prompt is a passage of one held-out document of which neither half occurs in the training text. A document falls to one
-side by the hash of its name, so no document has prompts on both sides.
+A prompt is a passage of one held-out document of which neither half occurs in the training text. A document falls to
+one side by the hash of its name, so no document has prompts on both sides.
 """
 
 import argparse
@@ -22,6 +22,28 @@ from examples.prompt_filters import is_harmless, is_in_language, may_be_shipped
 
 SIDES = ("solve", "judge")
 MIN_TOKENS, MAX_TOKENS = 40, 150
+README = """# Example prompts
+
+Prompts for the demo model, one JSON object `{{"prompt", "domain"}}` a line, {minimum} to {maximum} of its tokens each.
+
+**Solve on `solve.jsonl`, judge on `judge.jsonl`:** record a trace of the first and solve a plan on it, then evaluate
+the plan on a trace of the second. The two files share no document: a document, with all its passages, falls to one side
+by the SHA-256 hash of its name.
+
+Every prompt is a passage of text that was held out of the demo model's training: neither of its halves occurs in the
+training text of its domain (white space and case aside). Left out are passages in another language than their domain's,
+and passages with words of sex, of violence or of groups that old texts speak ill of. `python -m examples.build_prompts`
+writes the two files and this page.
+
+The passages are not under the project's licence. They are short excerpts that keep the licences of their sources, all
+of which allow redistribution; [licences](licences) holds the notices and the full texts. No text is taken from
+translated manual pages, whose licences differ from page to page.
+
+| domain | text | package | licence | solve | judge |
+|---|---|---|---|---|---|
+{rows}
+| all | | | | {solve} | {judge} |
+"""
 
 
 def document_of(identity: str) -> str:
@@ -103,32 +125,25 @@ def select_prompts(corpus: Path, domain: str, tokenizer: Any, count: int) -> dic
     return {side: [{"prompt": text, "domain": domain} for text in texts] for side, texts in chosen.items()}
 
 
+def shipped_sources(entry: dict[str, Any]) -> list[dict[str, str]]:
+    """The packages of a domain in the manifest that prompts are taken from."""
+    return [source for source in entry["sources"] if may_be_shipped(source["package"])]
+
+
 def readme(manifest: dict[str, Any], counts: dict[str, dict[str, int]]) -> str:
     """Page that says what the prompts are, how they are split, and each domain's source and licence."""
-    lines = [
-        "# Example prompts",
-        "",
-        'Prompts for the demo model, one JSON object `{"prompt", "domain"}` a line. `solve.jsonl` is the part to record',
-        "a trace and solve a plan on, `judge.jsonl` the part to judge the plan on.",
-        "",
-        "Every prompt is a passage of text that was held out of the demo model's training: neither of its halves occurs",
-        "in the training text of its domain (white space and case aside). The two files share no document: a document",
-        "falls to one side by the SHA-256 hash of its name. `python -m examples.build_prompts` writes this folder.",
-        "",
-        "The passages keep the licences of their sources, which allow redistribution:",
-        "",
-        "| domain | text | package | licence | solve | judge |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for entry in manifest["domains"]:
-        packages = " + ".join(f"{source['package']} ({source['manager']})" for source in entry["sources"])
-        licences = "; ".join(dict.fromkeys(source["licence"] for source in entry["sources"]))
-        sides = counts[entry["name"]]
-        lines.append(
+        sources, sides = shipped_sources(entry), counts[entry["name"]]
+        packages = " + ".join(f"{source['package']} ({source['manager']})" for source in sources)
+        licences = "; ".join(dict.fromkeys(source["licence"] for source in sources))
+        rows.append(
             f"| {entry['name']} | {entry['title']} | {packages} | {licences} | {sides['solve']} | {sides['judge']} |"
         )
     total = {side: sum(sides[side] for sides in counts.values()) for side in SIDES}
-    return "\n".join([*lines, f"| all | | | | {total['solve']} | {total['judge']} |", ""])
+    return README.format(
+        minimum=MIN_TOKENS, maximum=MAX_TOKENS, rows="\n".join(rows), solve=total["solve"], judge=total["judge"]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

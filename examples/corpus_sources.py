@@ -271,9 +271,21 @@ DOMAINS: tuple[Domain, ...] = (
     _language_domain("polish", "Polish help and manuals", "libreoffice-help-pl", "pl", "manpages-pl", "pl"),
     _language_domain("russian", "Russian help and manuals", "libreoffice-help-ru", "ru", "manpages-ru", "ru"),
     _language_domain(
-        "japanese", "Japanese help and manuals", "libreoffice-help-ja", "ja", "manpages-ja", "ja", "by file: that of the translated page"
+        "japanese",
+        "Japanese help and manuals",
+        "libreoffice-help-ja",
+        "ja",
+        "manpages-ja",
+        "ja",
+        "by file: that of the translated page",
     ),
     _language_domain(
-        "chinese", "Chinese help and manuals", "libreoffice-help-zh-cn", "zh-CN", "manpages-zh", "zh_CN", "by file: GFDL-1.2+, GPL-2+"
+        "chinese",
+        "Chinese help and manuals",
+        "libreoffice-help-zh-cn",
+        "zh-CN",
+        "manpages-zh",
+        "zh_CN",
+        "by file: GFDL-1.2+, GPL-2+",
     ),
 )

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from examples.build_corpus import write_atomically
 from examples.demo_moe_data import DemoDataError, read_manifest
+from examples.demo_moe_eval import TRAIN_DOCUMENTS
 
 Rows = list[dict[str, Any]]
 
@@ -33,8 +34,8 @@ def compression(rows: Rows) -> list[str]:
     return [
         "## Bits per byte on held-out text",
         "",
-        "The unigram models know the frequencies of tokens or bytes in the domain's training text. `xz -9` compresses",
-        "the same held-out text as one file, without having seen the training text.",
+        f"The unigram models know the frequencies of tokens or bytes in {TRAIN_DOCUMENTS:,} documents of the domain's"
+        " training text. `xz -9` compresses the same held-out text as one file, without having seen the training text.",
         "",
         *table(["domain", "held-out kB", "model", "token unigram", "byte unigram", "xz"], cells),
     ]
@@ -87,11 +88,9 @@ def samples(rows: Rows) -> list[str]:
     return lines
 
 
-def card(figures: dict[str, Any], manifest: dict[str, Any], config: dict[str, Any]) -> str:
-    """The whole model card."""
-    experts = config.get("num_experts", config.get("num_local_experts"))  # the name changed between versions
-    training, rows = figures["training"], figures["rows"]
-    sources = [
+def sources_table(manifest: dict[str, Any]) -> list[str]:
+    """Table of the training text: packages, licences, size."""
+    cells = [
         [
             entry["name"],
             entry["title"],
@@ -101,33 +100,79 @@ def card(figures: dict[str, Any], manifest: dict[str, Any], config: dict[str, An
         ]
         for entry in manifest["domains"]
     ]
+    return table(["domain", "text", "package", "licence of the text", "MB"], cells)
+
+
+def description(config: dict[str, Any], training: dict[str, Any]) -> list[str]:
+    """Sections on the architecture and on how it was trained."""
+    settings = training["settings"]
+    experts = config.get("num_experts", config.get("num_local_experts"))  # the name changed between versions
+    versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    return [
+        "## Architecture",
+        "",
+        f"`{config['architectures'][0]}`: {config['num_hidden_layers']} layers, all MoE, {experts} experts,"
+        f" top-{config['num_experts_per_tok']} with softmax weights normalised over the chosen;"
+        f" hidden size {config['hidden_size']}, expert size {config['moe_intermediate_size']},"
+        f" {config['num_attention_heads']} attention heads over {config['num_key_value_heads']} key/value heads of"
+        f" {config['head_dim']}, context {config['max_position_embeddings']}, vocabulary {config['vocab_size']}"
+        " (byte-level BPE trained on the same text), tied embeddings, bf16.",
+        "",
+        "## Training",
+        "",
+        f"{training['steps']:,} steps of {settings['sequences']} sequences of {settings['context']} tokens,"
+        f" {training['tokens'] / 1e6:.0f} million tokens in {training['seconds'] / 60:.1f} minutes on one"
+        f" {training['device']} ({versions}), seed {settings['seed']}. The text has"
+        f" {sum(training['training_tokens'].values()) / 1e6:.0f} million tokens; domains are drawn with probability"
+        f" proportional to tokens^{settings['temperature']}. AdamW on float32 copies of the bf16 weights, learning"
+        f" rate {settings['learning_rate']:g} at its peak, cosine decay.",
+        "",
+        "The load-balancing loss is that of Qwen3-MoE, but taken layer by layer over the batch and averaged, where"
+        " Transformers pools the layers first (an expert idle in one layer would be excused by being busy in another)."
+        f" Its weight is {settings['balance']:g}, ten times that at the start, falling linearly over the first tenth of"
+        " the training, to keep every expert in use until the hidden states tell tokens apart.",
+        "",
+        "Train it again: `python -m examples.build_corpus`, then `python -m examples.train_demo_moe` (see `--help`).",
+    ]
+
+
+FRONT_MATTER = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+language: [en, de, fr, pl, ru, ja, zh]
+tags: [mixture-of-experts]
+---
+# demo-moe
+
+A small Mixture-of-Experts language model that lets expertplan be tried without downloading weights: it routes as larger
+models do, with domain-dependent expert popularity and affinity between layers.
+
+**Licence.** The weights and the tokenizer are expertplan's own work and under Apache-2.0, like the project. They were
+trained on the texts listed under Training text, each under its own licence; no text is contained in this folder but the
+short samples at the end of this page, which keep the licences of their sources (the texts of these licences are in
+`examples/prompts/licences`).
+
+**Limits.** It writes text in the manner of its domains and knows nothing: what it says is mostly false, it repeats
+itself, and it takes up the views and prejudices of its sources, among them political essays and scripture. No answer of
+it is meant for use. The chat template (`User: …` and `Assistant:` lines) lets the chat endpoint be tried; the model is
+not trained on dialogues.
+"""
+
+
+def card(figures: dict[str, Any], manifest: dict[str, Any], config: dict[str, Any]) -> str:
+    """The whole model card."""
+    rows = figures["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        "# demo-moe",
-        "",
-        f"A small Mixture-of-Experts language model (`{config['architectures'][0]}`) that lets expertplan be tried",
-        "without downloading weights: it routes like larger models do, with domain-dependent expert popularity and",
-        "affinity between layers. It writes text in the manner of its domains and knows nothing: use it for nothing else.",
-        "",
-        f"- {config['num_hidden_layers']} layers, all MoE, {experts} experts,"
-        f" top-{config['num_experts_per_tok']};"
-        f" hidden size {config['hidden_size']}, expert size {config['moe_intermediate_size']},"
-        f" context {config['max_position_embeddings']}, vocabulary {config['vocab_size']} (byte-level BPE), bf16.",
-        f"- Trained for {training['steps']} steps, {training['tokens'] / 1e6:.0f} million tokens,"
-        f" {training['seconds'] / 60:.1f} minutes on: {training['device']}.",
-        "- Load-balancing loss as in Qwen3-MoE, layer by layer over the whole batch, weight"
-        f" {training['settings']['balance']} (ten times that at the start, falling over the first tenth of the training).",
-        "- Chat template: `User: …` and `Assistant:` lines; the model is not trained on dialogues.",
-        "",
-        "`python -m examples.build_corpus`, then `python -m examples.train_demo_moe` train it again; both have `--help`.",
+        FRONT_MATTER,
+        *description(config, figures["training"]),
         "",
         "## Training text",
         "",
-        *table(["domain", "text", "package", "licence of the text", "MB"], sources),
+        "About 97% of the documents; the figures below are measured on the beginning of the rest.",
+        "",
+        *sources_table(manifest),
         "",
         *compression(rows),
         "",

@@ -1,6 +1,6 @@
 """Measure the demo model on held-out text: compression, expert popularity, inter-layer affinity, sample continuations.
 
-    python -m examples.demo_moe_eval --model examples/demo-moe --corpus .corpus -o figures.json
+    python -m examples.demo_moe_eval --model examples/demo-moe --corpus .corpus -o benchmarks/results/demo_moe.json
 
 Writes one JSON file with flat rows; ``examples.demo_moe_card`` turns it into the model card.
 """
@@ -23,8 +23,12 @@ import transformers
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.build_corpus import write_atomically
 from examples.demo_moe_data import DemoDataError, read_documents, read_manifest, token_bytes, token_stream
+from examples.prompt_filters import is_harmless, is_in_language, may_be_shipped
 
+MODEL, CORPUS, FIGURES = Path("examples/demo-moe"), Path(".corpus"), Path("benchmarks/results/demo_moe.json")
+TRAIN_DOCUMENTS = 2000  # of each domain, for the unigram models
 SAMPLE_PROMPT_TOKENS = 32
 SAMPLE_NEW_TOKENS = 96
 
@@ -83,7 +87,7 @@ def evaluate_domain(
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Row of compression figures of one domain, and its routes."""
     held = read_documents(arguments.corpus, name, "heldout")
-    train = read_documents(arguments.corpus, name, "train", 2000)
+    train = read_documents(arguments.corpus, name, "train", TRAIN_DOCUMENTS)
     held_stream, train_stream = token_stream(tokenizer, held), token_stream(tokenizer, train)
     windows = windows_of(held_stream, model.config.max_position_embeddings, arguments.windows)
     bits, routes = score(model, windows)
@@ -141,33 +145,54 @@ def affinity_rows(routes: dict[str, np.ndarray], experts: int, seed: int) -> Ite
         }
 
 
+def sample_prompt(documents: list[dict[str, str]], domain: str, tokenizer: Any) -> list[int]:
+    """The first tokens of the first document that is suited for an example; DemoDataError where there is none."""
+    for row in documents:
+        opening = row["text"][:600]
+        if (
+            len(opening) > 400
+            and may_be_shipped(row["id"])
+            and is_in_language(opening, domain)
+            and is_harmless(opening)
+        ):
+            ids: list[int] = tokenizer(opening).input_ids[:SAMPLE_PROMPT_TOKENS]
+            while tokenizer.decode(ids).endswith("\ufffd"):  # the last token is a part of a character
+                ids.pop()
+            return ids
+    raise DemoDataError(f"domain {domain} has no held-out document suited for a sample: build the corpus again")
+
+
 def sample_rows(
     names: list[str], model: Any, tokenizer: Any, arguments: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """One sampled continuation per domain of the first tokens of a held-out document."""
+    """One continuation per domain of the first tokens of a held-out document, sampled as the model folder's
+    generation configuration says."""
     for name in names:
-        rows = [row for row in read_documents(arguments.corpus, name, "heldout", 40) if len(row["text"]) > 400]
-        prompt = tokenizer(rows[0]["text"], return_tensors="pt").input_ids[:, :SAMPLE_PROMPT_TOKENS].to(model.device)
+        prompt_ids = sample_prompt(read_documents(arguments.corpus, name, "heldout", 80), name, tokenizer)
+        prompt = torch.tensor([prompt_ids], device=model.device)
         torch.manual_seed(arguments.seed)
         output = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=SAMPLE_NEW_TOKENS,
-            do_sample=True,
-            temperature=0.7,
-            top_p=0.9,
         )
         prompt_text = tokenizer.decode(prompt[0], skip_special_tokens=True)
         text = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
         yield {"kind": "sample", "domain": name, "prompt": prompt_text, "continuation": text}
 
 
-def commit() -> str:
-    """Commit of the working tree, or ``unknown`` outside a git checkout."""
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command that makes these figures from a checkout; it names the usual folders, not this machine's."""
+    options = f"--windows {arguments.windows}" + (f" --seed {arguments.seed}" if arguments.seed else "")
+    return f"python -m examples.demo_moe_eval --model {MODEL} --corpus {CORPUS} -o {FIGURES} {options}"
+
+
+def commit() -> str | None:
+    """Commit of the working tree; None outside a git checkout or where git is missing."""
     if shutil.which("git") is None:
-        return "unknown"
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+        return None
+    done = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -192,7 +217,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     rows += affinity_rows(routes, model.config.num_experts, arguments.seed)
     rows += sample_rows(names, model, tokenizer, arguments)
     return {
-        "command": "python -m examples.demo_moe_eval " + " ".join(sys.argv[1:]),
+        "command": command_line(arguments),
         "commit": commit(),
         "device": torch.cuda.get_device_name(0) if device == "cuda" else f"CPU, {os.cpu_count()} cores",
         "versions": {
@@ -208,10 +233,10 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0 on success, 2 with one line on stderr for bad input."""
     parser = argparse.ArgumentParser(description="Measure the demo model on held-out text.")
-    parser.add_argument("--model", type=Path, default=Path("examples/demo-moe"))
-    parser.add_argument("--corpus", type=Path, default=Path(".corpus"))
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file of the figures")
-    parser.add_argument("--windows", type=int, default=16, help="windows of the context's length per domain")
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--corpus", type=Path, default=CORPUS)
+    parser.add_argument("-o", "--output", type=Path, default=FIGURES, help="JSON file of the figures")
+    parser.add_argument("--windows", type=int, default=12, help="windows of the context's length per domain")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:
@@ -224,9 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.output.with_name(arguments.output.name + ".tmp")
-    temporary.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, arguments.output)
+    text = json.dumps(figures, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(arguments.output, text.encode())
     return 0
 
 

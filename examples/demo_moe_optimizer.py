@@ -21,7 +21,7 @@ class MasterAdamW:
 
     def __init__(self, model: torch.nn.Module, weight_decay: float, clip: float = 1.0) -> None:
         self._names = [name for name, _ in model.named_parameters()]
-        self._parameters = [parameter for _, parameter in model.named_parameters()]
+        self._parameters: list[torch.Tensor] = [parameter for _, parameter in model.named_parameters()]
         self._masters = [p.detach().float().clone() for p in self._parameters]
         self._clip = clip
         decayed = [m for m in self._masters if m.dim() > 1]
