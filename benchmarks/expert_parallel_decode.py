@@ -12,18 +12,22 @@ and with free routing (near-ties may flip a few routes).
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import random
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from placement.plan import Dispatch, PlacementPlan, Workload
-from runtime.bench import DecodeBenchmark, describe_run, time_batch
+from runtime.bench import DecodeBenchmark, describe_machine, describe_run, time_batch
+from runtime.context import Routes
 from runtime.distributed import RankAddress
 from runtime.settings import EngineSettings
 from runtime.start import Run, join_group, load_worker
@@ -31,6 +35,8 @@ from runtime.step_plan import Admission, StepPlan
 
 SHAPE = Path(__file__).parent / "shapes" / "qwen3-30b-a3b"
 PROMPTS, PROMPT_TOKENS, DECODE_STEPS = 8, 32, 16
+SHARES = (1, 2, 4)  # ranks that the prompts are dealt to
+Sample = Callable[[list[int], torch.Tensor], dict[int, int]]
 
 
 def make_plan(kind: str, num_experts: int, top_k: int, layers: list[int], num_gpus: int) -> PlacementPlan:
@@ -58,95 +64,115 @@ def make_plan(kind: str, num_experts: int, top_k: int, layers: list[int], num_gp
     )
 
 
+class Recorder:
+    """Runs the prompts on one rank, as one batch and as the smaller batches that 2 and 4 ranks have in ``alltoall``.
+
+    bf16 matrix products depend on the number of rows in the last bits, so that a batch is compared with one of its
+    own size.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.prefix, self.step = "", 0
+
+    def record(self) -> dict[str, torch.Tensor]:
+        """Logits, tokens and routes by step, for every way to share the prompts."""
+        worker = self.run.worker
+        worker.context.on_routes = self._routes
+        with mock.patch.object(worker, "_sample", functools.partial(self._logits, worker._sample)):
+            for shares in SHARES:
+                for share in range(shares):
+                    self.prefix = f"{shares}.{share}"
+                    numbers = range(share, PROMPTS, shares)
+                    for self.step in range(DECODE_STEPS):
+                        worker.execute(StepPlan(admit=admissions(self.run, numbers, 1) if self.step == 0 else []))
+                    worker.execute(StepPlan(retire=list(numbers)))
+        worker.context.on_routes = None
+        return self.tensors
+
+    def _routes(self, layer: int, routes: Routes) -> None:
+        key = f"{self.prefix}.{self.step}.{layer}"
+        self.tensors[f"ids.{key}"], self.tensors[f"weights.{key}"] = routes[0].cpu(), routes[1].cpu()
+
+    def _logits(self, sample: Sample, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
+        tokens = sample(sequences, logits)
+        key = f"{self.prefix}.{self.step}"
+        self.tensors[f"logits.{key}"] = logits.cpu()
+        self.tensors[f"tokens.{key}"] = torch.tensor([tokens[sequence] for sequence in sequences])
+        return tokens
+
+
 class Agreement:
-    """Runs fixed prompts, and either records or compares logits and routes.
+    """Runs the prompts on all ranks, always feeding the reference's tokens, and compares logits and routes.
 
     Args:
         run: the rank.
-        reference: tensors of the one-rank run, empty to record them.
+        reference: what `Recorder.record` made on one rank.
         force: take the reference's routes.
     """
 
     def __init__(self, run: Run, reference: dict[str, torch.Tensor], force: bool) -> None:
         self.run, self.reference, self.force = run, reference, force
-        self.recorded: dict[str, torch.Tensor] = {}
-        self.largest_error, self.routes_seen, self.routes_differing = 0.0, 0, 0
+        shares = 1 if run.worker.everyone_holds_all else run.group.world_size
+        self.shares = shares
+        self.prefix = f"{shares}.{run.group.rank if shares > 1 else 0}"
+        self.largest_error, self.pairs, self.differing = 0.0, 0, 0
         self.step = 0
-        context = run.worker.context
-        context.forced_routes = self._routes
-        self._sample, run.worker._sample = run.worker._sample, self._logits  # type: ignore[method-assign]
 
-    def close(self) -> None:
-        """Leave the worker as it was."""
-        self.run.worker.context.forced_routes = None
-        self.run.worker._sample = self._sample  # type: ignore[method-assign]
+    def compare(self) -> torch.Tensor:
+        """Largest relative error of the logits, differing pairs and all pairs, over all ranks."""
+        worker = self.run.worker
+        worker.context.forced_routes = self._routes
+        with mock.patch.object(worker, "_sample", functools.partial(self._logits, worker._sample)):
+            for self.step in range(DECODE_STEPS):
+                admit = admissions(self.run, range(PROMPTS), self.shares) if self.step == 0 else []
+                worker.execute(StepPlan(admit=admit))
+                for share in range(self.shares):
+                    tokens = self.reference[f"tokens.{self.shares}.{share}.{self.step}"].tolist()
+                    worker.last_token.update(zip(range(share, PROMPTS, self.shares), tokens, strict=True))
+            worker.execute(StepPlan(retire=list(range(PROMPTS))))
+        worker.context.forced_routes = None
+        mine = torch.tensor([self.largest_error, self.differing, self.pairs], device=self.run.group.device)
+        everyone = self.run.group.all_gather(mine).cpu()
+        return torch.stack([everyone[:, 0].max(), everyone[:, 1].sum(), everyone[:, 2].sum()])
 
-    def run_prompts(self) -> None:
-        """Prefill all prompts, then decode, always feeding the reference's tokens."""
-        worker, group = self.run.worker, self.run.group
-        vocabulary = worker.model.model.config.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
-        homes = 1 if worker.everyone_holds_all else group.world_size
-        admit = [Admission(number, prompt, number % homes, 0.0, 1.0, 0) for number, prompt in enumerate(prompts)]
-        for self.step in range(DECODE_STEPS):
-            tokens = worker.execute(StepPlan(admit=admit if self.step == 0 else []))
-            row = torch.tensor([tokens[number] for number in range(PROMPTS)])
-            self.recorded[f"tokens.{self.step}"] = row
-            if self.reference:
-                row = self.reference[f"tokens.{self.step}"]
-            worker.last_token.update(enumerate(row.tolist()))
-        worker.execute(StepPlan(retire=list(range(PROMPTS))))
-
-    def _mine(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of a reference tensor over all prompts' tokens, the rows of this rank's sequences."""
-        if self.run.worker.everyone_holds_all:
-            return rows
-        per_prompt = rows.view(PROMPTS, -1, rows.shape[-1])
-        return per_prompt[self.run.group.rank :: self.run.group.world_size].reshape(-1, rows.shape[-1])
-
-    def _routes(self, layer: int, routes: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _routes(self, layer: int, routes: Routes) -> Routes:
         ids, weights = routes
-        key = f"{self.step}.{layer}"
-        if not self.reference:
-            self.recorded[f"ids.{key}"], self.recorded[f"weights.{key}"] = ids.cpu(), weights.cpu()
-            return routes
-        expected = self._mine(self.reference[f"ids.{key}"]).to(ids.device)
+        key = f"{self.prefix}.{self.step}.{layer}"
+        expected = self.reference[f"ids.{key}"].to(ids.device)
         if self.force:
-            return expected, self._mine(self.reference[f"weights.{key}"]).to(weights.device)
+            return expected, self.reference[f"weights.{key}"].to(weights.device)
         missing = (ids[:, :, None] == expected[:, None, :]).any(dim=2).logical_not()
-        self.routes_seen += missing.numel()
-        self.routes_differing += int(missing.sum())
+        self.pairs += missing.numel()
+        self.differing += int(missing.sum())
         return routes
 
-    def _logits(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
-        key = f"logits.{self.step}"
-        if not self.reference:
-            self.recorded[key] = logits.cpu()
-        else:
-            expected = self.reference[key][sequences].to(logits.device)
-            error = (logits - expected).norm(dim=1) / expected.norm(dim=1)
-            self.largest_error = max(self.largest_error, float(error.max()))
-        return self._sample(sequences, logits)
+    def _logits(self, sample: Sample, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
+        expected = self.reference[f"logits.{self.prefix}.{self.step}"].to(logits.device)
+        error = (logits - expected).norm(dim=1) / expected.norm(dim=1)
+        self.largest_error = max(self.largest_error, float(error.max()))
+        return sample(sequences, logits)
+
+
+def admissions(run: Run, numbers: Iterable[int], homes: int) -> list[Admission]:
+    """The fixed prompts with these numbers, greedy, dealt to so many ranks."""
+    vocabulary = run.worker.model.model.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
+    return [Admission(number, prompts[number], number % homes, 0.0, 1.0, 0) for number in numbers]
 
 
 def measure(run: Run, reference: dict[str, torch.Tensor], benchmark: DecodeBenchmark) -> list[dict[str, Any]]:
     """Agreement and step times of one plan; rows are meaningful on rank 0."""
     rows: list[dict[str, Any]] = []
     for force in (True, False) if reference else ():
-        agreement = Agreement(run, reference, force)
-        agreement.run_prompts()
-        agreement.close()
-        errors = run.group.all_gather(
-            torch.tensor(
-                [agreement.largest_error, agreement.routes_differing, max(1, agreement.routes_seen)],
-                device=run.group.device,
-            )
-        ).cpu()
+        error, differing, pairs = Agreement(run, reference, force).compare().tolist()
         row = describe_run(run, PROMPTS, f"{PROMPT_TOKENS}-{PROMPT_TOKENS + DECODE_STEPS}")
         row |= {"kind": "agreement", "routes": "forced" if force else "model", "repeats": DECODE_STEPS}
-        row["largest_relative_logit_error"] = float(errors[:, 0].max())
-        row["routes_differing_fraction"] = float(errors[:, 1].sum() / errors[:, 2].sum())
+        row["largest_relative_logit_error"] = error
+        if not force:
+            row["differing_routes_fraction"] = differing / pairs
         rows.append(row)
     for batch in benchmark.batch_sizes:
         rows.append({"kind": "decode"} | time_batch(run, benchmark, batch))
@@ -157,8 +183,8 @@ def measure(run: Run, reference: dict[str, torch.Tensor], benchmark: DecodeBench
     return rows
 
 
-def main() -> None:
-    """Measure every plan with this many ranks."""
+def parse_flags() -> argparse.Namespace:
+    """Flags of the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", required=True, help="folder of the one-rank record")
     parser.add_argument("-o", "--output", required=True, help="JSON file of the rows")
@@ -167,41 +193,39 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=16)
-    flags = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure every plan with this many ranks."""
+    flags = parse_flags()
     address = RankAddress.from_environment()
     if address is None:
-        sys.exit("start me with torchrun, see --help")
+        sys.exit("error: no RANK is set; start me with torchrun, see --help")
     config = json.loads((Path(flags.shape) / "config.json").read_text())
     batches = tuple(int(size) for size in flags.batches.split(",") if size)
     benchmark = DecodeBenchmark(batches, context=128, steps=flags.steps, warmup_steps=4, seed=0)
-    settings = EngineSettings(weights="random", dtype="bfloat16", device=flags.device)
-    group = join_group(address, settings)
+    group = join_group(address, EngineSettings(device=flags.device))
     record = Path(flags.reference) / "reference.safetensors"
-    reference = load_file(record) if group.world_size > 1 else {}
+    recording = group.world_size == 1
+    reference = {} if recording else load_file(record)
     rows: list[dict[str, Any]] = []
     layers = list(range(config["num_hidden_layers"]))
-    for kind in flags.plans.split(",") if reference else ["contiguous"]:
+    for kind in ["contiguous"] if recording else flags.plans.split(","):
         plan = make_plan(kind, config["num_experts"], config["num_experts_per_tok"], layers, group.world_size)
-        for exchange in ("allreduce", "alltoall") if reference else ("allreduce",):
-            chosen = EngineSettings(weights="random", dtype="bfloat16", device=flags.device, exchange=exchange)
-            worker = load_worker(plan, flags.shape, chosen, group)
-            run = Run(plan, flags.shape, group, worker, None)
-            if not reference:
-                agreement = Agreement(run, {}, force=False)
-                agreement.run_prompts()
-                agreement.close()
+        for exchange in ("allreduce",) if recording else ("allreduce", "alltoall"):
+            settings = EngineSettings(weights="random", dtype="bfloat16", device=flags.device, exchange=exchange)
+            run = Run(plan, flags.shape, group, load_worker(plan, flags.shape, settings, group), None)
+            if recording:
                 Path(flags.reference).mkdir(parents=True, exist_ok=True)
-                save_file(agreement.recorded, record)
+                save_file(Recorder(run).record(), record)
             rows += measure(run, reference, benchmark)
-            del worker, run
+            del run
             gc.collect()  # a shard and its experts module refer to each other
             if group.device.type == "cuda":
                 torch.cuda.empty_cache()
     if group.rank == 0:
-        from runtime.bench import describe_machine
-
-        document = describe_machine(group) | {"rows": rows}
-        Path(flags.output).write_text(json.dumps(document, indent=1) + "\n")
+        Path(flags.output).write_text(json.dumps(describe_machine(group) | {"rows": rows}, indent=1) + "\n")
     group.close()
 
 

@@ -141,7 +141,7 @@ def stream_completion(url: str) -> None:
 def print_next_steps() -> None:
     """Where everything is, and what to run next."""
     predicted = json.loads((OUTPUT / "plan.json").read_text(encoding="utf-8"))["predicted"]
-    local = predicted["pair_locality"]
+    local = {name: by_batch["1"] for name, by_batch in predicted["pair_locality"].items()}
     print(
         f"""
 On prompts it was not solved on, the plan keeps {local["plan"]:.1%} of the transitions between layers on one rank;

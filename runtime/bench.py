@@ -127,7 +127,7 @@ def describe_machine(group: RankGroup) -> dict[str, Any]:
     if group.device.type == "cuda":
         device = f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(group.device)}"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*_module(), *sys.argv[1:]]),
         "commit": _commit(),
         "device": device,
         "versions": {
@@ -136,6 +136,16 @@ def describe_machine(group: RankGroup) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def _module() -> list[str]:
+    """How this program was started, without the checkout's path."""
+    script = Path(sys.argv[0]).resolve()
+    checkout = Path(__file__).resolve().parents[1]
+    if not script.is_relative_to(checkout):
+        return ["python", str(script)]
+    module = ".".join(script.relative_to(checkout).with_suffix("").parts)
+    return ["python", "-m", module.removesuffix(".__main__")]
 
 
 def _commit() -> str | None:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from kernels.level_dispatch.reference import level_dispatch as level_dispatch
-from kernels.level_dispatch.reference import split_pairs
+from kernels.level_dispatch.reference import INACTIVE, SPLIT, level_dispatch, split_pairs
 
-INACTIVE = -1
-SPLIT = -2
+__all__ = ["INACTIVE", "SPLIT", "dispatch_tokens", "level_dispatch"]
 
 
 def dispatch_tokens(
