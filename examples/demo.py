@@ -121,14 +121,20 @@ def wait_for_url(process: subprocess.Popen[str]) -> str:
 
 
 def stream_completion(url: str) -> None:
-    """A greedy completion, printed as it arrives."""
+    """A completion, printed as it arrives."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none")
     model = client.models.list().data[0].id
-    prompt = "package main\n\nimport (\n"
+    prompt = "func (s *Server) Close() error {\n"
     print(f"POST {url}/v1/completions  model={model}\n\n{prompt}", end="", flush=True)
     begun = time.monotonic()
     stream = client.completions.create(
-        model=model, prompt=prompt, max_tokens=96, temperature=0, stream=True, stream_options={"include_usage": True}
+        model=model,
+        prompt=prompt,
+        max_tokens=96,
+        temperature=0.6,
+        seed=1,
+        stream=True,
+        stream_options={"include_usage": True},
     )
     for chunk in stream:
         if chunk.choices:
