@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 from conf import ConfigError
 from conf.command_line import Verb, run_command_line
@@ -20,6 +21,9 @@ def _prepare(flags: argparse.Namespace) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if rank != "0":  # rank 0 ends the others; Ctrl-C reaches the whole process group
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        from runtime.launcher import end_with_launcher
+
+        end_with_launcher()
     from transformers.utils import logging as transformers_logging
 
     from runtime.environment import check_environment
@@ -47,17 +51,11 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _serve(flags: argparse.Namespace) -> int:
     from conf import compose
     from runtime.serve import serve
-    from runtime.settings import EngineSettings
+    from runtime.settings import EngineSettings, ServerSettings
 
     _prepare(flags)
     config = compose("serve", flags.overrides)
-    return serve(
-        flags.plan,
-        EngineSettings.from_config(config),
-        host=config["host"],
-        port=config["port"],
-        served_model_name=config["served_model_name"],
-    )
+    return serve(flags.plan, EngineSettings.from_config(config), ServerSettings.from_config(config))
 
 
 def _generate(flags: argparse.Namespace) -> int:
@@ -116,8 +114,10 @@ VERBS = (
 )
 
 
-def main() -> int:
-    """Run the command line; returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the runtime's command line (default: ``sys.argv``) and return its exit code."""
+    if arguments is not None:
+        sys.argv[1:] = arguments  # the launcher starts the other ranks with it
     description = "Serve a Mixture-of-Experts model by a placement plan."
     return run_command_line("runtime", description, VERBS, (InputError, ConfigError))
 

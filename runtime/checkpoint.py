@@ -89,6 +89,7 @@ def load_shard(path: str, slots: Slots, dtype: torch.dtype | str, device: torch.
     Raises:
         ModelError: the model cannot be found, read, or sharded.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if not Path(path).exists() and path.startswith((".", "/", "~")):
@@ -102,10 +103,10 @@ def load_shard(path: str, slots: Slots, dtype: torch.dtype | str, device: torch.
             model, info = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, use_safetensors=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"model {path}: cannot be loaded ({_first_line(error)})") from error
+        raise ModelError(f"model {path}: cannot be loaded ({_first_line(error)}); copy or download it again") from error
     empty = {f"{layer.name}." for layer in report.layers if not slots[layer.layer_id]}
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(empty) or ("\0",)))
     if missing or info["mismatched_keys"]:

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from runtime.errors import ModelError
 
 MESSAGE_BYTES = 16384  # a step's plan nearly always fits, so one broadcast carries it
+TEXT_BYTES = 2048
+START_UP_TIMEOUT_S = 3600.0  # ranks import and load at different speeds; one that dies is noticed by who started it
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,19 @@ class RankGroup:
 
     Where several ranks share one GPU, NCCL refuses them: ``backend="gloo"`` then carries the tensors through host
     memory (slow; for functional runs).
+
+    Args:
+        address: of this rank.
+        device: of this rank.
+        backend: ``nccl`` or ``gloo``, for the tensors.
+        timeout_s: from `end_start_up` on, a rank that does not answer for so long is lost.
     """
 
     def __init__(self, address: RankAddress, device: torch.device, backend: str, timeout_s: float) -> None:
         self.rank, self.world_size = address.rank, address.world_size
         self.device, self.backend = device, backend
-        timeout = timedelta(seconds=timeout_s)
+        self._timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=START_UP_TIMEOUT_S)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
@@ -61,18 +71,20 @@ class RankGroup:
             timeout=timeout,
             device_id=device if backend == "nccl" else None,
         )
-        self.control = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
+        self.control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
         self._through_host = backend == "gloo" and device.type == "cuda"
         self._message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+
+    def end_start_up(self) -> None:
+        """From now on every rank must answer within the timeout."""
+        for group in {dist.group.WORLD, self.control}:
+            _set_pg_timeout(self._timeout, group)
 
     def close(self) -> None:
         """Leave the group; collectives fail afterwards."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        dist.barrier(group=self.control)
+        self.control = None  # a group that lives until the interpreter ends aborts the process: its threads still run
 
     # --- tensors -------------------------------------------------------------------------------------------------
 
@@ -135,6 +147,15 @@ class RankGroup:
         gathered = tokens.new_empty((self.world_size, len(tokens)))
         dist.all_gather(list(gathered), tokens, group=self.control)
         return gathered
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, cut off after `TEXT_BYTES` bytes."""
+        row = torch.zeros(TEXT_BYTES, dtype=torch.uint8)
+        data = bytearray(text.encode()[:TEXT_BYTES])
+        if data:
+            row[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
+        rows = self.gather_tokens(row)
+        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
     def broadcast_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rank 0's int64 ``[N]`` host tensor on every rank."""

@@ -25,6 +25,7 @@ from runtime.worker import RankWorker
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0  # an idle engine still sends empty plans, so that waiting ranks don't run into their timeout
+CAUSE_S = 1.0  # how long a failed step waits for its cause to be found
 
 
 @dataclass
@@ -139,6 +140,8 @@ class Engine:
                 self._hand_out(self._worker.execute(step))
         except Exception as error:
             logger.debug("engine thread", exc_info=True)
+            with self._changed:  # whoever watches the ranks can say which one died; let that be the reason
+                self._changed.wait_for(lambda: self._failure is not None, CAUSE_S)
             self.fail(f"a decoding step failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         else:
             for request in [*self._running.values(), *self._waiting]:
@@ -149,12 +152,12 @@ class Engine:
         with self._changed:
             idle = not self._running and not self._waiting and not self._stopping
             if idle and not self._retire:
-                self._changed.wait(HEARTBEAT_S)
+                self._changed.wait(min(HEARTBEAT_S, self._settings.rank_timeout_s / 4))
             self._drop_cancelled()
             retire, self._retire = self._retire, []
             if self._stopping or self._failure is not None:
                 return StepPlan(stop=True)
-            return StepPlan(retire, self._admit(retire))
+            return StepPlan(retire, self._admit())
 
     def _drop_cancelled(self) -> None:
         for request in [request for request in self._waiting if request.cancelled]:
@@ -163,7 +166,7 @@ class Engine:
         for number in [number for number, request in self._running.items() if request.cancelled]:
             self._end(self._running[number], TokenEvent(None, "cancelled"))
 
-    def _admit(self, retire: list[int]) -> list[Admission]:
+    def _admit(self) -> list[Admission]:
         """Take waiting requests into the batch, as far as its limits and the cache allow."""
         if self._running and not self._worker.model.can_merge:
             return []

@@ -15,7 +15,7 @@ def generate(plan_path: str, settings: EngineSettings, prompt: str, sampling: Sa
     """Print a completion of the prompt as it is generated; returns the exit code."""
     plan, model = load_plan(plan_path, settings)
     if int(os.environ.get("RANK", "0")) != 0:
-        return follow(start_run(plan, model, settings))
+        return follow(plan, model, settings)
 
     from transformers import AutoTokenizer
 
@@ -26,18 +26,20 @@ def generate(plan_path: str, settings: EngineSettings, prompt: str, sampling: Sa
     engine = run.start_engine(settings)
     watch_ranks(run, engine)
     engine.start()
-    events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
-    engine.submit(tokenizer(prompt)["input_ids"], sampling, events.put)
-    detokenizer = DetokenizerFactory(tokenizer)()
-    while True:
-        event = events.get()
-        if event.finish_reason == "error":
-            abort(run, event.error or "the engine failed")
-        if event.token_id is not None:
-            print(detokenizer.push(event.token_id), end="", flush=True)
-        if event.finish_reason is not None:
-            break
-    print(detokenizer.flush())
-    engine.shutdown()
-    run.close()
+    try:
+        events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()
+        engine.submit(tokenizer(prompt)["input_ids"], sampling, events.put)
+        detokenizer = DetokenizerFactory(tokenizer)()
+        while True:
+            event = events.get()
+            if event.finish_reason == "error":
+                abort(run, event.error or "the engine failed")
+            if event.token_id is not None:
+                print(detokenizer.push(event.token_id), end="", flush=True)
+            if event.finish_reason is not None:
+                break
+        print(detokenizer.flush())
+    finally:
+        engine.shutdown()
+        run.close()
     return 0

@@ -17,6 +17,18 @@ from runtime.distributed import RankAddress
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
+_LAUNCHED = "EXPERTPLAN_LAUNCHED"  # set for ranks whose standard input is a pipe that closes when rank 0 ends
+
+
+def end_with_launcher() -> None:
+    """In a rank started by `LocalRanks`: end at once when rank 0 is gone, whatever this rank waits for."""
+
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written: it returns when the pipe closes
+        os._exit(1)
+
+    if _LAUNCHED in os.environ:
+        threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 
 class LocalRanks:
@@ -52,8 +64,9 @@ class LocalRanks:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size),
+                _LAUNCHED: "1",
             }
-            self._processes[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+            self._processes[rank] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE)
 
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 

@@ -50,8 +50,12 @@ def random_shard(
     stacked = {f"{layer.name}.{name}": layer for layer in layers for name in expert_parameter_names(layer)}
     for layer in layers:
         shrink_to_slots(layer, len(slots[layer.layer_id]))
+        # Left out of the family's initialisation: its draws for everything else are then the same on every rank.
+        layer.experts._is_hf_initialized = True  # type: ignore[assignment]
     model.to_empty(device=device)
-    model.init_weights()  # buffers, norms and biases as the family has them
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model.init_weights()  # buffers, norms and biases as the family has them
     model.tie_weights()
     generator = torch.Generator(device=device)
     for name, parameter in model.named_parameters():

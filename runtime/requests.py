@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from profiler.errors import InputError
+
 FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: object, least: float, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 class EngineError(RuntimeError):
@@ -30,6 +41,21 @@ class SamplingParameters:
     seed: int | None = None
     max_tokens: int = 16
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail in the middle of a step, and with it all other requests.
+
+        Raises:
+            InputError: a value has the wrong type or is out of range.
+        """
+        for name, fits, expected in (
+            ("temperature", _is_number(self.temperature) and 0 <= self.temperature < math.inf, "a number from 0 on"),
+            ("top_p", _is_number(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            ("seed", self.seed is None or _is_integer(self.seed, -(2**63), 2**63 - 1), "null or a 64-bit integer"),
+            ("max_tokens", _is_integer(self.max_tokens, 1), "an integer of at least 1"),
+        ):
+            if not fits:
+                raise InputError(f"{name}={getattr(self, name)}: expected {expected}")
 
 
 @dataclass(frozen=True)

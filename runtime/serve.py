@@ -8,45 +8,50 @@ import sys
 import time
 from pathlib import Path
 
+from placement.plan import PlacementPlan
 from runtime.engine import Engine
-from runtime.settings import EngineSettings
+from runtime.settings import EngineSettings, ServerSettings
 from runtime.start import Run, load_plan, start_run
 
 logger = logging.getLogger(__name__)
 
 
-def serve(plan_path: str, settings: EngineSettings, host: str, port: int, served_model_name: str | None) -> int:
+def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> int:
     """Serve until a signal; returns the exit code (1 where a rank died)."""
     plan, model = load_plan(plan_path, settings)
     if int(os.environ.get("RANK", "0")) != 0:
-        return follow(start_run(plan, model, settings))
+        return follow(plan, model, settings)
 
     from transformers import AutoTokenizer
 
     from runtime.server import bind_socket, create_app, run_server
 
-    listening = bind_socket(host, port)
+    listening = bind_socket(server.host, server.port)
     tokenizer = AutoTokenizer.from_pretrained(model)
     run = start_run(plan, model, settings)
     engine = run.start_engine(settings)
     watch_ranks(run, engine)
     engine.start()
-    name = served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
+    name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
     app = create_app(engine, tokenizer, name, int(time.time()))
-    failure = run_server(app, listening, engine, on_ready=lambda url: logger.info("serving %s on %s", name, url))
-    if failure is not None:
-        abort(run, failure)
-    engine.shutdown()
-    run.close()
+    try:
+        failure = run_server(app, listening, engine, on_ready=lambda url: logger.info("serving %s on %s", name, url))
+        if failure is not None:
+            abort(run, failure)
+    finally:
+        engine.shutdown()
+        run.close()
     return 0
 
 
-def follow(run: Run) -> int:
-    """The life of every rank but 0: execute rank 0's plans."""
+def follow(plan: PlacementPlan, model: str, settings: EngineSettings) -> int:
+    """The life of every rank but 0: load, then execute rank 0's plans."""
     try:
+        run = start_run(plan, model, settings)
         run.worker.serve()
     except RuntimeError as error:  # what torch.distributed raises when a peer is gone
-        print(f"error: rank {run.group.rank} lost the other ranks: {str(error).splitlines()[0]}", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"error: rank {os.environ['RANK']} lost the other ranks: {reason}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # leaving the group in order would wait for the lost ranks
     run.close()

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from runtime.errors import ModelError
+from runtime.errors import InputError, ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_TIMEOUT_S = 86400
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,16 @@ class EngineSettings:
         ):
             if value not in allowed:
                 raise ModelError(f"{name}={value}: expected one of {', '.join(map(str, allowed))}")
-        for name, number in (
-            ("max_sequences", self.max_sequences),
-            ("max_prefill_tokens", self.max_prefill_tokens),
-            ("rank_timeout_s", self.rank_timeout_s),
-        ):
-            if isinstance(number, bool) or not isinstance(number, int | float) or number < 1:
-                raise ModelError(f"{name}={number}: expected a number of at least 1")
+        if self.model is not None and not (isinstance(self.model, str) and self.model):
+            raise ModelError(
+                f"model={self.model}: expected a directory or a hub id; write a number as model=./{self.model}"
+            )
+        for name, count in (("max_sequences", self.max_sequences), ("max_prefill_tokens", self.max_prefill_tokens)):
+            if type(count) is not int or count < 1:
+                raise ModelError(f"{name}={count}: expected an integer of at least 1")
+        timeout = self.rank_timeout_s
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 1 <= timeout <= MAX_TIMEOUT_S:
+            raise ModelError(f"rank_timeout_s={timeout}: expected a number of seconds from 1 to {MAX_TIMEOUT_S}")
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> EngineSettings:
@@ -63,3 +67,31 @@ class EngineSettings:
         if self.dtype == "auto":
             return "auto" if device.type == "cuda" else torch.float32
         return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where a plan is served, and under what name.
+
+    Attributes:
+        host: name or address to listen on.
+        port: to listen on; 0 takes a free one.
+        served_model_name: what ``/v1/models`` calls the model; None takes the model's folder name or hub id.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str):
+            raise InputError(f"host={self.host}: expected a name or an address of this machine")
+        if type(self.port) is not int:
+            raise InputError(f"port={self.port}: expected an integer from 0 to 65535")
+        if self.served_model_name is not None and not isinstance(self.served_model_name, str):
+            raise InputError(f"served_model_name={self.served_model_name}: expected text")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> ServerSettings:
+        """Take this class's keys out of a composed configuration."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})

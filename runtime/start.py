@@ -15,7 +15,7 @@ from profiler.fingerprint import model_fingerprint
 from runtime.checkpoint import load_shard
 from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
 from runtime.engine import Engine, eos_token_ids
-from runtime.errors import ModelError
+from runtime.errors import InputError, ModelError
 from runtime.exchange import EXCHANGES
 from runtime.launcher import LocalRanks
 from runtime.random_weights import random_shard
@@ -81,6 +81,7 @@ def load_plan(path: str, settings: EngineSettings) -> tuple[PlacementPlan, str]:
 
 def _moe_shape(model: str) -> tuple[list[int], int, int]:
     """MoE layers, experts and choices per token of a model, from its configuration alone."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from profiler.seam import find_moe_layers
@@ -89,9 +90,17 @@ def _moe_shape(model: str) -> tuple[list[int], int, int]:
         config = AutoConfig.from_pretrained(model)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"model {model}: no usable config.json ({line})") from error
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"model {model}: no usable config.json ({reason}); copy or download it again") from error
     layers = find_moe_layers(skeleton)
     return [layer.layer_id for layer in layers], layers[0].num_experts, layers[0].top_k
 
@@ -115,8 +124,8 @@ def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
         if address.rank == 0:
             where = f"{address.world_size} ranks on {group.device.type} over {group.backend}"
             logger.info("%s, exchange %s, model %s", where, settings.exchange or plan.workload.exchange, model)
-        worker = load_worker(plan, model, settings, group)
-        group.barrier()
+        worker = load_together(plan, model, settings, group)
+        group.end_start_up()
         return Run(plan, model, group, worker, ranks)
     except BaseException:
         if ranks is not None:
@@ -130,6 +139,29 @@ def join_group(address: RankAddress, settings: EngineSettings) -> RankGroup:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // address.local_world_size))
     return RankGroup(address, device, choose_backend(device, address), settings.rank_timeout_s)
+
+
+def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> RankWorker:
+    """Load every rank's shard; where any rank fails, all stop, and rank 0 alone says why.
+
+    Raises:
+        ModelError: on rank 0, what the first rank that failed has found.
+        SystemExit: on the other ranks.
+    """
+    worker, found = None, ""
+    try:
+        worker = load_worker(plan, model, settings, group)
+    except InputError as error:
+        found = str(error)
+    errors = group.gather_text(found)
+    failed = [rank for rank, text in enumerate(errors) if text]
+    if worker is not None and not failed:
+        return worker
+    group.close()
+    if group.rank != 0:
+        raise SystemExit(2)
+    where = "" if len(failed) == len(errors) else f"rank {failed[0]}: "
+    raise ModelError(where + errors[failed[0]])
 
 
 def load_worker(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> RankWorker:

@@ -1,0 +1,291 @@
+"""`python -m runtime serve` in real processes: answers through OpenAI's client, clean stops, and ranks that die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.support.plans import make_plan
+from tests.support.tiny_models import MAX_POSITIONS, tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+PROJECT = Path(__file__).resolve().parents[2]
+START_UP_S = 120
+END_S = 15
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+PROMPTS = ["The expert", "a", "In the beginning there was", "9 + 4 =", "print(x)"]
+NEW_TOKENS = 24
+
+Start = Callable[..., "ServeProcess"]
+
+
+class ServeProcess:
+    """A server and all it starts, in a process group of its own."""
+
+    def __init__(self, log: Path, *arguments: str, python: tuple[str, ...] = ("-m", "runtime")) -> None:
+        self._log = log
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        with log.open("w") as stderr:
+            command = [sys.executable, *python, *arguments]
+            self.process = subprocess.Popen(
+                command, cwd=PROJECT, env=environment, stderr=stderr, stdout=stderr, start_new_session=True
+            )
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def wait_ready(self) -> str:
+        """The URL, once it serves."""
+        deadline = time.monotonic() + START_UP_S
+        while time.monotonic() < deadline:
+            found = re.search(r"serving .* on (http://\S+)", self.log)
+            if found:
+                return found[1]
+            assert self.process.poll() is None, self.log
+            time.sleep(0.05)
+        raise TimeoutError(self.log)
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.wait_ready()}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def members(self) -> dict[int, str]:
+        """Living processes of the group, by id, with the start of their environment's rank ("" for rank 0)."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(group) == self.process.pid and state != "Z":
+                    rank = re.search(rb"(?:^|\0)RANK=(\d+)", (folder / "environ").read_bytes())
+                    found[int(folder.name)] = rank[1].decode() if rank else ""
+        return found
+
+    def pid_of(self, rank: int) -> int:
+        [pid] = [pid for pid, found in self.members().items() if found == str(rank)]
+        return pid
+
+    def wait_gone(self, seconds: float = END_S) -> None:
+        """Fail if a process of the group is still there after so long."""
+        deadline = time.monotonic() + seconds
+        while self.members():
+            assert time.monotonic() < deadline, f"still running: {self.members()}\n{self.log}"
+            time.sleep(0.05)
+
+    def error_lines(self) -> list[str]:
+        return [line for line in self.log.splitlines() if line.startswith("error:")]
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer and plans beside it."""
+    folder = tmp_path_factory.mktemp("serve")
+    tiny_model("qwen3_moe").save_pretrained(folder / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    for exchange in ("allreduce", "alltoall"):
+        make_plan(str(folder / "model"), "replicated", 2, exchange).save(folder / f"{exchange}.json")
+    return folder
+
+
+@pytest.fixture
+def start(folder: Path, tmp_path: Path) -> Iterator[Start]:
+    servers: list[ServeProcess] = []
+
+    def run(plan: str, *settings: str, python: tuple[str, ...] = ("-m", "runtime")) -> ServeProcess:
+        log = tmp_path / f"{len(servers)}.log"
+        arguments = ("serve", "--plan", str(folder / f"{plan}.json"), "device=cpu", *(settings or ("port=0",)))
+        servers.append(ServeProcess(log, *arguments, python=python))
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> Callable[[str], str]:
+    """What Transformers writes after a prompt, greedily."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "model")
+
+    def generate(prompt: str) -> str:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return generate
+
+
+def complete(client: openai.OpenAI, prompt: str) -> str:
+    stream = client.completions.create(model="model", prompt=prompt, max_tokens=NEW_TOKENS, temperature=0, stream=True)
+    return "".join(chunk.choices[0].text for chunk in stream)
+
+
+def test_answers_equal_transformers_and_sigterm_stops(start: Start, expected: Callable[[str], str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start("allreduce", f"port={port}")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
+    client = server.client()
+    assert httpx.get(f"http://127.0.0.1:{port}/health").json() == {"status": "ok"}
+    assert [model.id for model in client.models.list()] == ["model"]
+
+    check_together(client, expected)
+    check_chat(client, expected)
+    check_seed_and_usage(client)
+    check_refusals(client)
+
+    assert len(server.members()) == 2
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(END_S) == 0, server.log
+    server.wait_gone(1)
+    assert not server.error_lines(), server.log
+    assert "terminate" not in server.log
+    assert "Traceback" not in server.log
+
+
+def check_together(client: openai.OpenAI, expected: Callable[[str], str]) -> None:
+    """Requests that come one after the other while the first still run."""
+
+    def later(number: int) -> str:
+        time.sleep(0.03 * number)
+        return complete(client, PROMPTS[number])
+
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        texts = list(pool.map(later, range(len(PROMPTS))))
+    assert texts == [expected(prompt) for prompt in PROMPTS]
+
+
+def check_chat(client: openai.OpenAI, expected: Callable[[str], str]) -> None:
+    stream = client.chat.completions.create(
+        model="model",
+        messages=[{"role": "user", "content": "Who routes?"}],
+        max_tokens=NEW_TOKENS,
+        temperature=0,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == expected("user: Who routes?\nassistant: ")
+
+
+def check_seed_and_usage(client: openai.OpenAI) -> None:
+    def sample(seed: int) -> openai.types.Completion:
+        extra = {"ignore_eos": True}
+        return client.completions.create(model="model", prompt="abc", max_tokens=12, seed=seed, extra_body=extra)
+
+    first, second, other = sample(5), sample(5), sample(6)
+    assert first.choices[0].text == second.choices[0].text != other.choices[0].text
+    assert first.choices[0].finish_reason == "length"
+    assert first.usage is not None
+    assert (first.usage.prompt_tokens, first.usage.completion_tokens, first.usage.total_tokens) == (3, 12, 15)
+
+
+def check_refusals(client: openai.OpenAI) -> None:
+    """Requests that would break a step are refused, and the server goes on."""
+    for settings, reason in (
+        ({"prompt": "x" * MAX_POSITIONS}, f"context {MAX_POSITIONS}"),
+        ({"prompt": "x", "max_tokens": MAX_POSITIONS}, f"context is {MAX_POSITIONS}"),
+        ({"prompt": [1, 2, 100000]}, "100000"),
+        ({"prompt": "x", "seed": 2**64}, "seed"),
+        ({"prompt": "x", "top_p": 0.0}, "top_p"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=reason):
+            client.completions.create(model="model", **settings)
+    answer = client.completions.create(model="model", prompt="x", temperature=1e-300, top_p=1e-300, max_tokens=2)
+    assert answer.choices
+
+
+def test_a_killed_rank_ends_the_stream_and_the_server(start: Start) -> None:
+    server = start("allreduce")
+    client = server.client()
+    with pytest.raises(openai.APIError, match="rank 1 was killed by SIGKILL"):
+        stream_until(client, lambda: os.kill(server.pid_of(1), signal.SIGKILL))
+    assert server.process.wait(END_S) == 1
+    server.wait_gone(1)
+    assert len(server.error_lines()) == 1, server.log
+    assert "rank 1 was killed by SIGKILL" in server.error_lines()[0]
+    assert "Traceback" not in server.log
+
+
+def stream_until(client: openai.OpenAI, act: Callable[[], None]) -> None:
+    """Read a long stream, and after its first piece do something to the server."""
+    extra = {"ignore_eos": True}
+    acted = False
+    for _ in client.completions.create(model="model", prompt="x", max_tokens=200, stream=True, extra_body=extra):
+        if not acted:
+            act()
+            acted = True
+
+
+def test_a_stopped_rank_is_lost_after_its_timeout(start: Start) -> None:
+    server = start("alltoall", "port=0", "rank_timeout_s=2")
+    client = server.client()
+    time.sleep(4)  # idle ranks do not run into the timeout
+    assert client.completions.create(model="model", prompt="x", max_tokens=2).choices
+    with pytest.raises(openai.APIError, match="Timed out"):
+        stream_until(client, lambda: os.kill(server.pid_of(1), signal.SIGSTOP))
+    assert server.process.wait(END_S) == 1
+    server.wait_gone(1)
+    assert len(server.error_lines()) == 1, server.log
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["serving", "starting"])
+def test_the_other_ranks_end_when_rank_0_is_killed(start: Start, ready: bool) -> None:
+    server = start("allreduce")
+    if ready:
+        server.wait_ready()
+    deadline = time.monotonic() + START_UP_S
+    while len(server.members()) < 2:
+        assert time.monotonic() < deadline, server.log
+        time.sleep(0.05)
+    server.process.send_signal(signal.SIGKILL if ready else signal.SIGTERM)
+    server.process.wait()
+    server.wait_gone()
+    assert len(server.error_lines()) <= 1, server.log
+    assert "Traceback" not in server.log
+
+
+def test_started_by_torchrun(start: Start, expected: Callable[[str], str]) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "runtime")
+    server = start("alltoall", python=torchrun)
+    client = server.client()
+    errors: list[str] = []
+
+    def check(prompt: str) -> None:
+        if complete(client, prompt) != expected(prompt):
+            errors.append(prompt)
+
+    threads = [threading.Thread(target=check, args=(prompt,)) for prompt in PROMPTS[:3]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(2 * END_S)
+    server.wait_gone(1)
