@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from profiler.fingerprint import model_fingerprint
 from profiler.prompts import Prompt, read_prompts, tokenize_prompts
 from profiler.settings import TraceSettings
-from profiler.trace_header import require_output_folder
+from profiler.trace_header import require_output
 from profiler.trace_writer import TraceWriter
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ def record_trace(settings: TraceSettings, output: Path) -> None:
     Raises:
         InputError: the model, the prompts, a setting or the output is not usable.
     """
-    require_output_folder(output)
+    require_output(output, [settings.prompts])
     prompts = read_prompts(settings.prompts, settings.limit)
     fingerprint = model_fingerprint(settings.model)
 
+    from profiler.environment import check_environment
     from profiler.model_loading import (
         choose_device,
         context_tokens,
@@ -45,6 +46,7 @@ def record_trace(settings: TraceSettings, output: Path) -> None:
     )
     from profiler.recorder import require_one_shape
 
+    check_environment()
     device = choose_device(settings.device)
     config = load_config(settings.model)
     require_one_shape(find_layers_without_weights(settings.model, config))

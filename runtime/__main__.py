@@ -26,7 +26,7 @@ def _prepare(flags: argparse.Namespace) -> None:
         end_with_launcher()
     from transformers.utils import logging as transformers_logging
 
-    from runtime.environment import check_environment
+    from profiler.environment import check_environment
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -21,9 +21,8 @@ class Sampler:
     def __call__(self, logits: torch.Tensor) -> int:
         """Draw a token id from float32 logits ``[vocabulary]``; the temperature must be above 0."""
         logits = logits.double().cpu()
-        probabilities = torch.softmax(
-            (logits - logits.max()) / self.temperature, dim=-1
-        )  # finite for the smallest ones
+        # The greatest logit becomes 0 first, so that the division stays finite for the smallest temperatures.
+        probabilities = torch.softmax((logits - logits.max()) / self.temperature, dim=-1)
         if self.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)
             outside = ordered.cumsum(0) - ordered >= self.top_p  # the token that crosses the mass stays

@@ -73,9 +73,10 @@ def load_plan(path: str, settings: EngineSettings) -> tuple[PlacementPlan, str]:
     exchange = settings.exchange or plan.workload.exchange
     if exchange not in EXCHANGES:
         raise ModelError(f"exchange {exchange}: this version serves {' and '.join(EXCHANGES)}; give exchange=allreduce")
-    fingerprint = model_fingerprint(model) if plan.model_fingerprint else None
-    layer_ids, num_experts, top_k = _moe_shape(model)
-    plan.check_model(num_experts, top_k, layer_ids, fingerprint)
+    if os.environ.get("RANK", "0") == "0":  # what rank 0 finds holds for all, and takes seconds
+        fingerprint = model_fingerprint(model) if plan.model_fingerprint else None
+        layer_ids, num_experts, top_k = _moe_shape(model)
+        plan.check_model(num_experts, top_k, layer_ids, fingerprint)
     return plan, model
 
 
@@ -122,6 +123,9 @@ def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
     try:
         group = join_group(address, settings)
         if address.rank == 0:
+            gpus = torch.cuda.device_count()
+            if settings.device == "auto" and 0 < gpus < address.local_world_size:
+                logger.warning("%d GPUs for %d ranks: the CPU is used instead", gpus, address.local_world_size)
             where = f"{address.world_size} ranks on {group.device.type} over {group.backend}"
             logger.info("%s, exchange %s, model %s", where, settings.exchange or plan.workload.exchange, model)
         worker = load_together(plan, model, settings, group)

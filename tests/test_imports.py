@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("conf", "kernels", "placement", "profiler", "runtime")
 
-# What the profiler offers to the others: the trace, its statistics, and (to the runtime) the recording seam.
+# What the profiler offers to the others: the trace, its statistics, and to the runtime the recording seam and the
+# start-up check.
 TRACE_AND_STATISTICS = r"errors fingerprint routing_counts statistics trace_format trace_header trace_writer"
 SHARED_BY_PROFILER = {f"profiler.{name}" for name in TRACE_AND_STATISTICS.split()}
 ALLOWED: dict[str, set[str]] = {
@@ -21,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "profiler": set(),
     "placement": SHARED_BY_PROFILER,
-    "runtime": {"placement", "kernels", "profiler.seam", *SHARED_BY_PROFILER},
+    "runtime": {"placement", "kernels", "profiler.seam", "profiler.environment", *SHARED_BY_PROFILER},
 }
 
 # Modules that run a model; all others of these two packages must import on a machine without torch and transformers.

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 CHECK = """
-from runtime.environment import PackageConflictError, check_environment
+from profiler.environment import PackageConflictError, check_environment
 try:
     check_environment()
 except PackageConflictError as error:

@@ -10,6 +10,8 @@ import pytest
 
 from placement.__main__ import main
 from placement.plan import PlacementPlan
+from placement.report import merge_labels
+from placement.strategies.contiguous import contiguous_plan
 from profiler.trace_format import RoutingTrace
 from tests.support.routes import make_routes, write_routes
 
@@ -70,13 +72,18 @@ def test_compare_and_evaluate_agree(small_trace, tmp_path):
     flags = ["-o", str(compared), "--plan", str(plan), "--plot", str(plot)]
     assert main(["compare", *trace, *flags, "cluster=h200x2", "max_load=1.3", *QUICK]) == 0
     assert main(["evaluate", *trace, "--plan", str(plan), "-o", str(evaluated), "judge.batches=50"]) == 0
-    rows = {row["name"]: row for row in json.loads(compared.read_text())["rows"]}
-    assert list(rows) == ["contiguous", "eplb", "locality", "locality ≤1.3", "balance", "plan.json"]
-    metrics = rows["plan.json"]["metrics"]
-    assert metrics == json.loads(evaluated.read_text())["metrics"]
-    assert metrics == rows["locality"]["metrics"]
-    assert list(metrics["step_us"]) == ["1", "8", "32", "128"]
-    assert rows["balance"]["metrics"]["load_mean"] < rows["locality"]["metrics"]["load_mean"]
+    document = json.loads(compared.read_text())
+    assert list(document) == ["command", "commit", "device", "versions", "rows"]
+    assert not any(isinstance(value, dict | list) for row in document["rows"] for value in row.values())
+    rows = {(row["plan"], row["batch"]): row for row in document["rows"]}
+    names = ["contiguous", "eplb", "locality", "locality ≤1.3", "balance", "plan.json"]
+    assert list(rows) == [(name, size) for name in names for size in (1, 8, 32, 128)]
+    metrics = json.loads(evaluated.read_text())["metrics"]
+    for size in (1, 8, 32, 128):
+        row, same = rows["plan.json", size], rows["locality", size]
+        for name, value in metrics.items():
+            assert row[name] == same[name] == (value[str(size)] if isinstance(value, dict) else value)
+    assert rows["balance", 8]["load_mean"] < rows["locality", 8]["load_mean"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -84,10 +91,38 @@ def test_compare_says_which_strategy_found_nothing(tmp_path, capsys):
     trace = write_routes(tmp_path / "skewed.safetensors", make_routes(2, 400, 2, 8, 1), 8)
     output = tmp_path / "compare.json"
     assert main(["compare", "--trace", str(trace), "-o", str(output), "cluster=h200x8", "max_load=1.0", *QUICK]) == 0
-    rows = {row["name"]: row for row in json.loads(output.read_text())["rows"]}
-    assert "the least load found" in rows["locality ≤1"]["problem"]
-    assert rows["locality ≤1"]["metrics"] is None
+    (row,) = [row for row in json.loads(output.read_text())["rows"] if row["plan"] == "locality ≤1"]
+    assert "the least load found" in row["problem"]
+    assert row["batch"] is None
     assert "the least load found" in capsys.readouterr().out
+
+
+def test_plans_of_one_name_keep_their_rows(small_trace, tmp_path, capsys):
+    plans = [tmp_path / folder / "[/plan].json" for folder in ("a", "b")]
+    command = ["compare", "--trace", str(small_trace), "cluster=h200x2", *QUICK]
+    for plan in plans:
+        plan.parent.mkdir(parents=True)
+        assert main(["solve", "--trace", str(small_trace), "-o", str(plan), "cluster=h200x2", *QUICK]) == 0
+        command += ["--plan", str(plan)]
+    output = tmp_path / "compare.json"
+    assert main([*command, "-o", str(output)]) == 0
+    names = {row["plan"] for row in json.loads(output.read_text())["rows"]}
+    assert {str(plan) for plan in plans} < names
+
+
+def test_labels_of_coinciding_points_are_merged():
+    points = {"a": (1.0, 0.5), "b": (1.2, 0.1), "c": (1.001, 0.501), "d": (1.0, 0.1)}
+    assert merge_labels(points) == [("a = c", (1.0, 0.5)), ("b", (1.2, 0.1)), ("d", (1.0, 0.1))]
+    assert merge_labels({"a": (1.0, 1.0)}) == [("a", (1.0, 1.0))]
+
+
+def test_evaluate_checks_sizes(small_trace, tmp_path, capsys):
+    plan = tmp_path / "plan.json"
+    contiguous_plan("m", 8, 2, range(4), 4).save(plan)
+    command = ["evaluate", "--trace", str(small_trace), "--plan", str(plan), "cluster=h200x4"]
+    assert main([*command, "expert_bytes=abc"]) == 2
+    assert "expert_bytes 'abc'" in capsys.readouterr().err
+    assert main([*command, "judge.batches=2"]) == 0
 
 
 def test_evaluate_on_another_cluster(small_trace, tmp_path):
@@ -130,6 +165,9 @@ def test_a_cluster_file(small_trace, tmp_path):
         (["workload.batch_sizes=[]"], "batch_sizes"),
         (["workload.hidden_state_bytes=none"], "hidden_state_bytes"),
         (["solver.time_limit_s=0"], "time_limit_s 0"),
+        (["model=7"], "model 7"),
+        (["cluster.nodes=1000000000000"], "from 1 to 1024"),
+        (["+novelty=1"], "novelty"),
         (["judge.batches=0"], "judge.batches 0"),
     ],
 )
@@ -149,7 +187,12 @@ def test_bad_files_are_one_line_and_exit_2(small_trace, tmp_path):
     for arguments, message in [
         (["solve", "--trace", "missing.safetensors", "-o", output], "missing.safetensors"),
         (["solve", "--trace", broken, "-o", output], "broken.safetensors"),
-        (["solve", "--trace", small_trace, "-o", tmp_path / "no" / "plan.json"], "cannot write"),
+        (["solve", "--trace", small_trace, "-o", tmp_path / "no" / "plan.json"], "does not exist or cannot be written"),
+        (["solve", "--trace", broken, "-o", broken], "is named twice"),
+        (["compare", "--trace", small_trace, "--plot", tmp_path / "plot.xyz"], "ends in .png, .svg, .pdf"),
+        (["compare", "--trace", small_trace, "-o", tmp_path / "a.png", "--plot", tmp_path / "a.png"], "named twice"),
+        (["compare", "--trace", small_trace, "max_load=null"], "max_load null"),
+        (["evaluate", "--trace", small_trace, "--plan", broken, "~split"], "unrecognized"),
         (["evaluate", "--trace", small_trace, "--plan", broken], "broken.safetensors"),
         (["compare", "--trace", small_trace, "--plan", tmp_path / "none.json"], "none.json"),
     ]:
@@ -157,7 +200,7 @@ def test_bad_files_are_one_line_and_exit_2(small_trace, tmp_path):
         assert finished.returncode == 2
         assert message in finished.stderr
         assert "Traceback" not in finished.stderr
-        assert len(finished.stderr.strip().splitlines()) == 1
+        assert len(finished.stderr.strip().splitlines()) == 1 or finished.stderr.startswith("usage")
     assert [file.name for file in tmp_path.iterdir()] == ["broken.safetensors"]
 
 

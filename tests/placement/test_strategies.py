@@ -1,5 +1,6 @@
 """Strategies: optimal where they say so, within their bounds and budgets always."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise, product
 
 import numpy as np
@@ -210,13 +211,36 @@ def test_copies_keep_a_bound_that_one_copy_cannot():
     statistics = random_statistics(0, 3, 4)
     statistics = RoutingStatistics(1, popularity, popularity, statistics.affinity, statistics.affinity, popularity)
     objective = Objective("locality", max_load=1.1)
-    with pytest.raises(ProblemError, match=r"1\.6923 of the mean \(no placement goes below 1\.6923\)"):
+    with pytest.raises(ProblemError, match=r"1\.69231 of the mean \(no placement goes below 1\.69231\)"):
         solve("ilp", PlacementProblem(statistics, (2, 2), objective), QUICK)
     problem = PlacementProblem(statistics, (3, 3), objective)
     solution = solve("ilp", problem, QUICK)
     assert problem.within_load_bound(solution.slots)
     assert solution.bound is None
     assert solution.gap is None
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+def test_one_layer_has_no_transitions_to_keep(backend):
+    objective = Objective("locality", max_load=1.2)
+    problem = PlacementProblem(random_statistics(0, 1, 12, most=20), (4, 4, 4), objective)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ilp_module, "is_small", lambda num_layers, sizes: False)
+        solution = solve("ilp", problem, SolverSettings(backend=backend))
+    assert (solution.value, solution.bound, solution.optimal) == (1.0, 1.0, True)
+    assert problem.within_load_bound(solution.slots)
+
+
+def test_a_load_bound_at_the_edge_is_met_to_the_last_pair():
+    """Where an even split exists, the search does not stop a hair above it and call it impossible."""
+    rng = np.random.default_rng(4)
+    half = rng.integers(1000, 9000, 11)
+    loads = np.concatenate([half, half[:-2], [half[-2] + half[-1] - 1, 1]])
+    statistics = random_statistics(0, 2, len(loads))
+    statistics = replace(statistics, popularity=np.stack([loads, loads]))
+    problem = PlacementProblem(statistics, (11, 11), Objective("locality", max_load=1.0))
+    solution = solve("ilp", problem, QUICK)
+    assert problem.within_load_bound(solution.slots)
 
 
 def test_spare_slots_are_used():

@@ -131,6 +131,7 @@ MODEL_ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (lambda folder: [p.unlink() for p in folder.glob("token*")], "tokenizer cannot be loaded"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "weights cannot be loaded"),
     "truncated weights": (truncate_weights, "weights cannot be loaded"),
+    "weights of other shapes": (lambda folder: change_config(folder, vocab_size=7), "have another shape"),
     "missing weights": (drop_weights, "lacks 1 weights such as model.norm.weight"),
     "dense model": (dense_model, "LlamaForCausalLM has no MoE layer"),
 }
@@ -166,6 +167,10 @@ def test_models_that_cannot_be_used(
         (["weights=maybe"], "weights=maybe: expected true or false"),
         (["nonsense=1"], "nonsense"),
         (["-o", "missing/t.safetensors"], "the folder missing does not exist"),
+        (["-o", "prompts.jsonl"], "prompts.jsonl: is named twice"),
+        (["-o", "x" * 250], "cannot be written (File name too long)"),
+        (["seed=99999999999999999999"], "expected a whole number <= 9223372036854775807"),
+        (["+seeds=1"], "unexpected argument '+seeds=1'"),
     ],
 )
 def test_settings_that_make_no_sense(

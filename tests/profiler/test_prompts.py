@@ -36,6 +36,8 @@ def test_plain_text(tmp_path: Path) -> None:
         (b'{"prompt": 3}\n', 'line 1: has no text under "prompt"'),
         (b'{"prompt": "a", "domain": 3}\n', "line 1: domain is 3, expected a name"),
         (b"\xff\xfe\n", "not UTF-8 text"),
+        (b"[" * 100000 + b"\n", "line 1: not JSON"),
+        (b'{"prompt": "a \\ud800"}\n', "half of a surrogate pair"),
     ],
 )
 def test_malformed_files(tmp_path: Path, content: bytes, message: str) -> None:

@@ -104,6 +104,9 @@ def test_values_are_not_read_without_validation(tmp_path: Path, name: str) -> No
         ({"num_experts": None}, "metadata num_experts is None, expected a positive whole number"),
         ({"num_experts": "-4"}, "metadata num_experts is '-4'"),
         ({"num_experts": "0"}, "metadata num_experts is '0'"),
+        ({"num_experts": "9" * 5000}, "metadata num_experts is"),
+        ({"num_experts": "100000000"}, "num_experts is 100000000, expected at most 65536"),
+        ({"layer_ids": "[" * 100000}, "metadata layer_ids is missing or not JSON"),
         ({"num_experts": "1"}, "1 to 1 choices"),
         ({"layer_ids": None}, "metadata layer_ids is missing or not JSON"),
         ({"layer_ids": "1, 3"}, "metadata layer_ids is missing or not JSON"),
@@ -130,7 +133,7 @@ def test_wrong_metadata(tmp_path: Path, metadata: dict[str, str | None], message
         ({"experts": np.zeros((0, 2, 2), np.uint8)}, "experts has shape [0, 2, 2], expected [tokens >= 1"),
         ({"experts": np.zeros((8, 2, 2), np.int64)}, "experts is I64 [8, 2, 2], expected U8 or U16 [8, 2, 2]"),
         ({"weights": np.zeros((8, 2, 1), np.float16)}, "weights is F16 [8, 2, 1], expected F16 [8, 2, 2]"),
-        ({"weights": np.zeros((8, 2, 2), np.float32)}, "tensor weights has dtype F32, expected one of U8"),
+        ({"weights": np.zeros((8, 2, 2), np.float32)}, "weights is F32 [8, 2, 2], expected F16 [8, 2, 2]"),
         ({"sequence": np.zeros(7, np.int32)}, "sequence is I32 [7], expected I32 [8]"),
         ({"token_ids": np.zeros(8, np.int64)}, "token_ids is I64 [8], expected I32 [8]"),
         ({"decode": np.zeros(8, np.uint16)}, "decode is U16 [8], expected U8 [8]"),
@@ -161,6 +164,30 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
         RoutingTrace.open(tmp_path / "missing")
     with pytest.raises(TraceError, match="cannot be read"):
         RoutingTrace.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        b'{"dtype":"U8","shape":[1],"data_offsets":[0,1,2]}',
+        b'{"dtype":"U8","shape":["x"],"data_offsets":[0,1]}',
+        b'{"dtype":"U8","shape":[1e999],"data_offsets":[0,1]}',
+        b'{"dtype":"U8","shape":[1],"data_offsets":[1,0]}',
+        b"[" * 100000,
+    ],
+)
+def test_malformed_entries(tmp_path: Path, entry: bytes) -> None:
+    header = b'{"experts":' + entry + b"}"
+    (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(TraceError, match="is malformed|does not fit its shape"):
+        RoutingTrace.open(tmp_path / "t")
+
+
+def test_tensors_that_the_format_does_not_know_are_ignored(tmp_path: Path) -> None:
+    tensors, metadata = valid_parts()
+    save_file(tensors | {"later": np.zeros(3, np.float64)}, tmp_path / "t", metadata)
+    with RoutingTrace.open(tmp_path / "t") as trace:
+        assert trace.num_tokens == 8
 
 
 def test_byte_ranges_that_do_not_fit_the_shape(tmp_path: Path) -> None:
