@@ -72,8 +72,8 @@ def _take_file(override: str) -> str:
     from hydra.core.config_store import ConfigStore
 
     group, equals, value = override.partition("=")
-    if not group or not (equals or group.startswith("~")):
-        raise ConfigError(f"unexpected argument {override!r}: expected key=value; see --help for the flags")
+    if not equals or not group or group[0] in "~+":  # Hydra's ~key and +key=value would pass unknown or missing keys on
+        raise ConfigError(f"unexpected argument {override!r}: expected key=value with a key of conf/; see --help")
     if not (group.isidentifier() and value.endswith((".yaml", ".yml")) and (CONFIG_FOLDER / group).is_dir()):
         return override
     ConfigStore.instance().store(group=group, name=_GIVEN_FILE, node=_read_group(group, Path(value)))

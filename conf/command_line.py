@@ -74,7 +74,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     """Parse with ``key=value`` arguments allowed anywhere between the flags."""
     flags, rest = parser.parse_known_args(arguments)
     for argument in [*rest, *flags.overrides]:
-        if argument.startswith("-") or ("=" not in argument and not argument.startswith("~")):
+        if argument.startswith("-") or "=" not in argument:
             parser.error(f"unrecognized argument {argument!r}; flags are listed by --help, settings are key=value")
     flags.overrides = [*flags.overrides, *rest]
     return flags

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from conf import ConfigError, compose
 from conf.command_line import Verb, run_command_line
-from placement.atomic import check_writable, write_atomically
+from placement.atomic import write_atomically
 from placement.strategies.ilp import Progress
 from profiler.errors import InputError
+from profiler.trace_header import require_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +73,7 @@ def _solve(flags: argparse.Namespace) -> None:
     from profiler.trace_format import RoutingTrace
 
     settings = solve_settings(compose("solve", flags.overrides))
-    check_writable(flags.output)
+    require_output(flags.output, [flags.trace])
     with RoutingTrace.open(flags.trace) as trace, _progress() as progress:
         plan, solution, judged = solve_trace(trace, settings, flags.output, progress)
     plan.save(flags.output)
@@ -90,25 +91,30 @@ def _solve(flags: argparse.Namespace) -> None:
 def _compare(flags: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from placement.report import plot_comparison, print_lines, print_metrics
+    from placement.provenance import describe_run
+    from placement.report import check_plot, plot_comparison, print_lines, print_metrics
     from placement.settings import compare_settings
-    from placement.workflow import compare_strategies
+    from placement.workflow import compare_strategies, comparison_facts
     from profiler.trace_format import RoutingTrace
 
     settings = compare_settings(compose("compare", flags.overrides))
+    inputs = [flags.trace, *flags.plan]
     for path in (flags.output, flags.plot):
         if path is not None:
-            check_writable(path)
+            require_output(path, inputs)
+            inputs.append(path)
+    if flags.plot is not None:
+        check_plot(flags.plot)
     with RoutingTrace.open(flags.trace) as trace, _progress() as progress:
         cluster, rows = compare_strategies(trace, settings, flags.plan, progress)
-        source = {"sha256": trace.sha256(), "tokens": trace.num_tokens, "model": trace.model}
+        shared = comparison_facts(trace, cluster, settings)
     judged = {row.name: row.metrics for row in rows if row.metrics is not None}
     console = Console()
     print_metrics(console, judged, f"Held-out tokens on {cluster.name}")
     print_lines(console, [f"{row.name}: {row.problem}" for row in rows if row.problem])
     if flags.output is not None:
-        document = {"format": "placement-comparison", "version": 1, "trace": source, "cluster": cluster.to_dict()}
-        document |= {"exchange": settings.workload.exchange, "rows": [row.to_dict() for row in rows]}
+        flat = [shared | facts for row in rows for facts in row.to_rows()]
+        document = describe_run(("numpy", "pulp", "highspy", "scipy")) | {"rows": flat}
         write_atomically(flags.output, json.dumps(document, indent=1) + "\n")
         print_lines(console, [f"wrote {flags.output}"])
     if flags.plot is not None:
@@ -128,7 +134,7 @@ def _evaluate(flags: argparse.Namespace) -> None:
     config = compose("evaluate", flags.overrides)
     judge, sizes = judge_settings(config), batch_sizes(config)
     if flags.output is not None:
-        check_writable(flags.output)
+        require_output(flags.output, [flags.trace, flags.plan])
     plan = PlacementPlan.load(flags.plan)
     with RoutingTrace.open(flags.trace) as trace, _progress() as progress:
         progress("replaying")
@@ -146,9 +152,10 @@ def _evaluate(flags: argparse.Namespace) -> None:
 def _progress() -> Iterator[Progress]:
     """A line on stderr that says what is being done, where stderr is a terminal."""
     from rich.console import Console
+    from rich.markup import escape
 
     with Console(stderr=True).status("reading") as status:
-        yield lambda line: status.update(line)
+        yield lambda line: status.update(escape(line))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from placement.slots import is_int
 
 Source = Literal["measured", "assumed"]
 
+#: Most nodes, and most GPUs of a node.
+MOST_PER_LEVEL = 1024
+
 
 @dataclass(frozen=True)
 class Link:
@@ -89,9 +92,7 @@ class Cluster:
     coefficients: tuple[Coefficients, ...] = ()
 
     def __post_init__(self) -> None:
-        for label, number in (("nodes", self.nodes), ("gpus_per_node", self.gpus_per_node)):
-            if not is_int(number) or number < 1:
-                raise ClusterError(f"cluster {label} {number!r}: expected an integer of at least 1")
+        _check_topology(self.nodes, self.gpus_per_node)
         for memory in self.expert_memory_bytes:
             _check_number("cluster expert_memory_bytes", memory, minimum=0.0)
         if len(self.expert_memory_bytes) != self.num_gpus:
@@ -135,8 +136,8 @@ class Cluster:
             nodes, gpus_per_node = document["nodes"], document["gpus_per_node"]
             memory = document["expert_memory_bytes"]
             if not isinstance(memory, list | tuple):
-                copies = nodes * gpus_per_node if is_int(nodes) and is_int(gpus_per_node) else 1
-                memory = (memory,) * max(copies, 1)
+                _check_topology(nodes, gpus_per_node)
+                memory = (memory,) * (nodes * gpus_per_node)
             return cls(
                 name=str(document.get("name", "cluster")),
                 nodes=nodes,
@@ -167,6 +168,12 @@ def _coefficients(document: Mapping[str, Any]) -> Coefficients:
         Coefficient(document[name]["value"], document[name]["source"]) for name in ("c0_us", "c1_us", "c2_us")
     )
     return Coefficients(document["expert_bytes"], document["hidden_state_bytes"], c0, c1, c2)
+
+
+def _check_topology(nodes: object, gpus_per_node: object) -> None:
+    for label, number in (("nodes", nodes), ("gpus_per_node", gpus_per_node)):
+        if not is_int(number) or not 1 <= number <= MOST_PER_LEVEL:
+            raise ClusterError(f"cluster {label} {number!r}: expected an integer from 1 to {MOST_PER_LEVEL}")
 
 
 def _check_number(name: str, value: object, minimum: float) -> None:

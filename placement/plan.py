@@ -132,7 +132,7 @@ class PlacementPlan:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise PlanError(f"cannot read plan {path}: {error.strerror}; make one with `placement solve -o`") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"plan {path} is not JSON ({error}); make one with `placement solve -o`") from None
         try:
             return cls.from_dict(document)

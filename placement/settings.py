@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from placement.cluster import Cluster
@@ -35,6 +35,11 @@ class ModelSize:
 
     expert_bytes: int
     hidden_state_bytes: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not is_int(value) or value < 1:
+                raise ProblemError(f"{name} {value!r}: expected an integer number of bytes above 0")
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,16 @@ def solve_settings(config: Mapping[str, Any]) -> SolveSettings:
         InputError: a value has the wrong type or is out of range.
     """
     workload, model_size = _workload(config["workload"])
+    model = config["model"]
+    if model is not None and (not isinstance(model, str) or not model):
+        raise ProblemError(f"model {model!r}: expected a folder, a hub id, or null for the trace's model")
     return SolveSettings(
         cluster=Cluster.from_dict(_group(config, "cluster")),
         workload=workload,
         model_size=model_size,
         objective=_build(Objective, config["objective"], "objective"),
         strategy=str(_group(config, "strategy").get("name")),
-        model=config["model"],
+        model=model,
         slots_per_gpu=config["slots_per_gpu"],
         dispatch=_build(Dispatch, config["dispatch"], "dispatch"),
         judge=_build(Judge, config["judge"], "judge"),
@@ -96,6 +104,9 @@ def compare_settings(config: Mapping[str, Any]) -> CompareSettings:
         InputError: a value has the wrong type or is out of range.
     """
     workload, model_size = _workload(config["workload"])
+    if config["max_load"] is None:
+        raise ProblemError("max_load null: expected a number of at least 1 (1.0 is even)")
+    Objective("locality", config["pairs"], config["max_load"])  # checks both
     return CompareSettings(
         cluster=Cluster.from_dict(_group(config, "cluster")),
         workload=replace(workload, batch_sizes=batch_sizes(config)),
@@ -157,12 +168,9 @@ def evaluation_cluster(plan: PlacementPlan, config: Mapping[str, Any], expert_by
 
 def _workload(group: object) -> tuple[Workload, ModelSize]:
     values = dict(_mapping(group, "workload"))
-    size = {name: values.pop(name, None) for name in ("expert_bytes", "hidden_state_bytes")}
-    for name, value in size.items():
-        if not is_int(value) or value < 1:
-            raise ProblemError(f"workload.{name} {value!r}: expected an integer number of bytes above 0")
+    size = ModelSize(values.pop("expert_bytes", None), values.pop("hidden_state_bytes", None))
     values["batch_sizes"] = batch_sizes(values | {"batch_sizes": values.get("batch_sizes")})
-    return _build(Workload, values, "workload"), ModelSize(**size)
+    return _build(Workload, values, "workload"), size
 
 
 def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

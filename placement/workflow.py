@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,16 @@ class ComparedPlan:
     metrics: Metrics | None
     problem: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row as JSON."""
-        found = self.solution
-        solver = None if found is None else _solver_section(found, None)
-        metrics = None if self.metrics is None else self.metrics.to_dict()
-        return {"name": self.name, "problem": self.problem, "solver": solver, "metrics": metrics}
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Flat rows for a file of results: one per batch size, or one without figures where there is no plan."""
+        found = None if self.solution is None else _solver_section(self.solution, None)
+        solver = ("name", "seconds", "value", "bound", "gap", "optimal")
+        row: dict[str, Any] = {"plan": self.name, "problem": self.problem}
+        row |= {f"solver_{key}": None if found is None else found[key] for key in solver}
+        if self.metrics is None:
+            return [row | {"batch": None}]
+        row |= {"load_mean": self.metrics.load_mean, "load_max": self.metrics.load_max}
+        return [row | {"batch": size} | asdict(figures) for size, figures in self.metrics.by_batch_size.items()]
 
 
 def solve_trace(
@@ -119,7 +123,11 @@ def compare_strategies(
         (f"locality ≤{settings.max_load:g}", "ilp", bounded),
         ("balance", "ilp", Objective("balance", pairs)),
     ]
-    plans = [(path.name, _compatible_plan(path, trace, cluster, settings)) for path in others]
+    taken = [name for name, _, _ in runs] + [path.name for path in others]
+    plans = [
+        (path.name if taken.count(path.name) == 1 else str(path), _compatible_plan(path, trace, cluster, settings))
+        for path in dict.fromkeys(others)
+    ]
     routes = held_out_experts(trace, JUDGE_SPLIT)
     problem = _problem(trace, cluster, settings.slots_per_gpu, free)
     rows = []
@@ -139,6 +147,26 @@ def compare_strategies(
             metrics = evaluate_routes(row.plan, routes, cluster, sizes, judge.batches, judge.seed)
             rows[index] = replace(row, metrics=metrics)
     return cluster, rows
+
+
+def comparison_facts(trace: RoutingTrace, cluster: Cluster, settings: CompareSettings) -> dict[str, Any]:
+    """What all rows of a comparison share: model, cluster and how plans were judged."""
+    return {
+        "model": os.path.basename(trace.model),
+        "layers": trace.num_layers,
+        "experts": trace.num_experts,
+        "top_k": trace.top_k,
+        "trace_sha256": trace.sha256(),
+        "trace_tokens": trace.num_tokens,
+        "judged_tokens": int(trace.split_mask(JUDGE_SPLIT).sum()),
+        "cluster": cluster.name,
+        "gpus": cluster.num_gpus,
+        "exchange": settings.workload.exchange,
+        "pairs": settings.pairs,
+        "split_above_tokens": settings.dispatch.split_above_tokens,
+        "repeats": settings.judge.batches,
+        "seed": settings.judge.seed,
+    }
 
 
 def _bare_plan(trace: RoutingTrace, settings: CompareSettings, slots: Slots) -> PlacementPlan:

@@ -56,8 +56,11 @@ def _run_stats(flags: argparse.Namespace) -> None:
     from profiler.statistics import collect_by_domain, collect_statistics, save_statistics
     from profiler.tables import domain_table, layer_table
     from profiler.trace_format import RoutingTrace
+    from profiler.trace_header import require_output
 
     _refuse_overrides(flags)
+    if flags.output is not None:
+        require_output(flags.output, [flags.trace])
     with RoutingTrace.open(flags.trace) as trace:
         statistics = collect_statistics(trace)
         by_domain = {} if trace.domains is None else collect_by_domain(trace)

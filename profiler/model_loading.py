@@ -78,11 +78,18 @@ def load_model(model: str, dtype: str, device: torch.device) -> PreTrainedModel:
             local_files_only=os.path.isdir(model),
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below; Transformers refers to a report above its error
         )
         missing = sorted(report["missing_keys"])
         if missing:
             # Transformers would fill them with random values and go on.
             raise ModelError(f"{model}: lacks {len(missing)} weights such as {missing[0]}; copy the model again")
+        mismatched = sorted(name for name, *_ in report["mismatched_keys"])
+        if mismatched:
+            raise ModelError(
+                f"{model}: {len(mismatched)} weights such as {mismatched[0]} have another shape than config.json says; "
+                "copy the model again"
+            )
         return loaded.to(device).eval()
 
 

@@ -47,7 +47,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if limit is not None and len(prompts) == limit:
                     break
@@ -67,13 +67,17 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
 def _parse(line: str, place: str) -> Prompt:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise PromptError(
-            f'{place}: not JSON ({error.msg}); give one {{"prompt": "..."}} per line, or plain text in a .txt file'
+            f'{place}: not JSON ({error}); give one {{"prompt": "..."}} per line, or plain text in a .txt file'
         ) from error
     prompt: Any = value.get("prompt") if isinstance(value, dict) else None
     if not isinstance(prompt, str) or not prompt:
         raise PromptError(f'{place}: has no text under "prompt"; give {{"prompt": "...", "domain": "..."}}')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{place}: the prompt holds half of a surrogate pair; give whole characters") from error
     domain = value.get("domain")
     if domain is not None and (not isinstance(domain, str) or not domain):
         raise PromptError(f"{place}: domain is {domain!r}, expected a name; leave it out where there is none")

@@ -58,7 +58,7 @@ class TraceSettings:
             max_prompt_tokens=_optional_whole_number(values, "max_prompt_tokens", 1),
             limit=_optional_whole_number(values, "limit", 1),
             temperature=float(temperature),
-            seed=_whole_number(values, "seed", 0),
+            seed=_whole_number(values, "seed", 0, most=2**63 - 1),
             dtype=dtype,
             device=device,
             weights=values["weights"],
@@ -66,10 +66,12 @@ class TraceSettings:
         )
 
 
-def _whole_number(values: Mapping[str, Any], name: str, least: int) -> int:
+def _whole_number(values: Mapping[str, Any], name: str, least: int, most: int | None = None) -> int:
     value = values[name]
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(f"{name}={value}: expected a whole number >= {least}")
+    if most is not None and value > most:
+        raise InputError(f"{name}={value}: expected a whole number <= {most}")
     return value
 
 

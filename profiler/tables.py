@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from profiler.statistics import (
@@ -36,7 +37,7 @@ def summary_table(trace: RoutingTrace) -> Table:
         ("experts never chosen", str(int((popularity == 0).sum()))),
         ("also recorded", ", ".join(kept) or "nothing"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -72,7 +73,7 @@ def domain_table(statistics: RoutingStatistics, by_domain: dict[str, RoutingStat
     for name, domain in by_domain.items():
         moved = np.abs(_shares(domain.popularity) - whole).sum(axis=1).mean() / 2
         skew = popularity_skew(domain.popularity).mean()
-        table.add_row(name, f"{domain.num_tokens:,}", f"{skew:.2f}", f"{moved:.1%}")
+        table.add_row(escape(name), f"{domain.num_tokens:,}", f"{skew:.2f}", f"{moved:.1%}")
     return table
 
 

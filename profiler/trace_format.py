@@ -238,7 +238,10 @@ class RoutingTrace:
             return np.ones(self.num_tokens, bool)
         mask = self.sequence() % 2 == (split == "odd")
         if not mask.any():
-            raise TraceError(f"{self.path}: has no tokens in {split} sequences; record more prompts, or use split=all")
+            raise TraceError(
+                f"{self.path}: has no tokens in {split} sequences; record two or more prompts: plans are solved on "
+                "even sequences and judged on odd ones"
+            )
         return mask
 
     @cached_property

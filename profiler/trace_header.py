@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +29,9 @@ STATISTICS_FORMAT = "routing-statistics"
 FORMAT_VERSION = "1"
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library sets as well
+MOST_DIGITS = 18  # of a number in the metadata: what fits 64 bits
+LONGEST_NAME = 200  # of an output, in bytes: file systems allow 255, and temporary names are longer
+MOST_EXPERTS = 65536  # what uint16 can tell apart
 DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "U16": np.dtype("<u2"),
@@ -44,19 +47,14 @@ class TensorEntry:
     """Where one tensor lies in the file.
 
     Attributes:
-        dtype: little-endian numpy dtype.
+        dtype_name: the dtype as safetensors writes it, such as ``U8``.
         shape: sizes of the dimensions.
         offset: first byte, counted from the start of the file.
     """
 
-    dtype: np.dtype[Any]
+    dtype_name: str
     shape: tuple[int, ...]
     offset: int
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype as safetensors writes it, such as ``U8``."""
-        return DTYPE_NAMES[self.dtype]
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
@@ -84,7 +82,9 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
         header = json.loads(text)
         metadata = header.pop("__metadata__", {})
         entries = {name: _parse_entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except TraceError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise TraceError(f"{path}: its safetensors header is malformed; record or copy it again") from error
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise TraceError(f"{path}: its metadata must map names to strings; record it again")
@@ -94,16 +94,16 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
 def _parse_entry(path: Path, name: str, entry: Mapping[str, Any], data_start: int, file_size: int) -> TensorEntry:
     begin, end = (int(offset) for offset in entry["data_offsets"])
     shape = tuple(int(size) for size in entry["shape"])
-    dtype = DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise TraceError(f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != prod(shape) * dtype.itemsize:
+    dtype_name = str(entry["dtype"])
+    dtype = DTYPES.get(dtype_name)  # None: a tensor that our formats don't know, which whoever needs none ignores
+    size = end - begin if dtype is None else prod(shape) * dtype.itemsize
+    if not 0 <= begin <= end or min(shape, default=0) < 0 or end - begin != size:
         raise TraceError(f"{path}: tensor {name} has a byte range that does not fit its shape {list(shape)}")
     if data_start + end > file_size:
         raise TraceError(
             f"{path}: truncated: tensor {name} ends at byte {data_start + end}, the file at {file_size}; copy it again"
         )
-    return TensorEntry(dtype, shape, data_start + begin)
+    return TensorEntry(dtype_name, shape, data_start + begin)
 
 
 def encode_header(tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
@@ -128,9 +128,10 @@ def encode_header(tensors: Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]],
 
 def map_tensor(path: Path, entry: TensorEntry) -> np.ndarray:
     """Map one tensor read-only into memory; its pages are read when they are touched."""
+    dtype = DTYPES[entry.dtype_name]
     if prod(entry.shape) == 0:
-        return np.empty(entry.shape, entry.dtype)
-    return np.memmap(path, dtype=entry.dtype, mode="r", offset=entry.offset, shape=entry.shape)
+        return np.empty(entry.shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=entry.offset, shape=entry.shape)
 
 
 def check_format(path: Path, metadata: Mapping[str, str], expected: str) -> None:
@@ -156,7 +157,7 @@ def metadata_int(path: Path, metadata: Mapping[str, str], name: str) -> int:
         TraceError: it is missing, or not a positive whole number.
     """
     text = metadata.get(name, "")
-    if not (text.isascii() and text.isdigit()) or int(text) == 0:
+    if not (text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS) or int(text) == 0:
         raise TraceError(f"{path}: metadata {name} is {metadata.get(name)!r}, expected a positive whole number")
     return int(text)
 
@@ -169,7 +170,7 @@ def metadata_list(path: Path, metadata: Mapping[str, str], name: str, item: type
     """
     try:
         values = json.loads(metadata[name])
-    except (KeyError, json.JSONDecodeError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise TraceError(f"{path}: metadata {name} is missing or not JSON, expected a list; record it again") from error
     if not isinstance(values, list) or not all(type(value) is item for value in values):
         raise TraceError(f"{path}: metadata {name} must be a JSON list of {item.__name__}; record it again")
@@ -183,6 +184,8 @@ def read_layers(path: Path, metadata: Mapping[str, str]) -> tuple[int, tuple[int
         TraceError: either is missing or malformed, or the layer ids do not rise.
     """
     num_experts = metadata_int(path, metadata, "num_experts")
+    if num_experts > MOST_EXPERTS:
+        raise TraceError(f"{path}: metadata num_experts is {num_experts}, expected at most {MOST_EXPERTS}")
     layer_ids = metadata_list(path, metadata, "layer_ids", int)
     rising = all(a < b for a, b in itertools.pairwise(layer_ids))
     if not layer_ids or layer_ids[0] < 0 or not rising:
@@ -201,17 +204,18 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Raises:
         TraceError: the folder does not exist or cannot be written.
     """
-    require_output_folder(path)
+    require_output(path)
     laid_out = [(name, array.dtype, array.shape) for name, array in tensors.items()]
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with output_errors(path), unfinished.open("wb") as file:
-            file.write(encode_header(laid_out, metadata))
-            for array in tensors.values():
-                file.write(np.ascontiguousarray(array).data)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with output_errors(path):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(encode_header(laid_out, metadata))
+                for array in tensors.values():
+                    file.write(np.ascontiguousarray(array).data)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -223,12 +227,20 @@ def output_errors(path: Path) -> Iterator[None]:
         raise TraceError(f"{path}: cannot be written ({error.strerror}); free space, or name another file") from error
 
 
-def require_output_folder(path: Path) -> None:
+def require_output(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output that could not be written, before any work is done for it.
 
+    Args:
+        path: the output.
+        inputs: files that are read, or other outputs: none of them may be the output.
+
     Raises:
-        TraceError: its folder does not exist or is read-only, or the path is a folder itself.
+        TraceError: its folder does not exist or is read-only, or the path is a folder or one of the inputs.
     """
+    if any(path.resolve() == other.resolve() for other in inputs):
+        raise TraceError(f"{path}: is named twice, and would be overwritten; name another file to write")
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise TraceError(f"{path}: the name is too long; name a file with at most {LONGEST_NAME} bytes")
     if path.is_dir():
         raise TraceError(f"{path}: is a folder; name a file to write")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from profiler.errors import TraceError
-from profiler.trace_header import FORMAT_VERSION, TRACE_FORMAT, encode_header, output_errors, require_output_folder
+from profiler.trace_header import FORMAT_VERSION, TRACE_FORMAT, encode_header, output_errors, require_output
 
 TOOL = "expertplan profiler"
 
@@ -58,7 +58,7 @@ class TraceWriter:
         source: str | None = None,
     ) -> None:
         self.path = Path(path)
-        require_output_folder(self.path)
+        require_output(self.path)
         if not 1 <= top_k <= num_experts <= 65536 or not layer_ids:
             raise TraceError(
                 f"{self.path}: {len(layer_ids)} MoE layers, top_k {top_k} of {num_experts} experts cannot be recorded, "
@@ -83,7 +83,8 @@ class TraceWriter:
         self._dtypes: dict[str, np.dtype[Any]] = {n: np.dtype(dtype) for n, dtype in ordered if n not in left_out}
         self._domains: list[str | None] = []
         self._num_tokens = 0
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".parts", dir=self.path.parent))
+        with output_errors(self.path):
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".parts", dir=self.path.parent))
         self._parts: dict[str, IO[bytes]] = {name: (self._folder / name).open("w+b") for name in self._dtypes}
 
     @property
@@ -184,14 +185,15 @@ class TraceWriter:
             for name, dtype in self._dtypes.items()
         ]
         joined = self._folder / "trace"
-        with output_errors(self.path), joined.open("wb") as output:
-            output.write(encode_header(tensors, self._metadata))
-            for name in self._dtypes:
-                self._parts[name].seek(0)
-                shutil.copyfileobj(self._parts[name], output, 1 << 20)
-                self._parts[name].close()
-                (self._folder / name).unlink()
-        os.replace(joined, self.path)
+        with output_errors(self.path):
+            with joined.open("wb") as output:
+                output.write(encode_header(tensors, self._metadata))
+                for name in self._dtypes:
+                    self._parts[name].seek(0)
+                    shutil.copyfileobj(self._parts[name], output, 1 << 20)
+                    self._parts[name].close()
+                    (self._folder / name).unlink()
+            os.replace(joined, self.path)
 
     def discard(self) -> None:
         """Remove the temporary files; what was written since the writer was made is lost unless it was closed."""

@@ -44,6 +44,7 @@ def balance_layer(
     settings: SolverSettings,
     time_limit_s: float,
     most_copies: int | None = None,
+    enough: float | None = None,
 ) -> BalancedLayer:
     """Minimise the busiest GPU's load of one layer.
 
@@ -53,6 +54,7 @@ def balance_layer(
         settings: of the integer program.
         time_limit_s: of the integer program.
         most_copies: per expert; None for as many as fit.
+        enough: a busiest load that need not be improved on; None for the least there is.
     """
     most = min(sum(1 for slots in slots_per_gpu if slots), 1 + sum(slots_per_gpu) - len(loads))
     most = min(most, most_copies or most)
@@ -61,12 +63,15 @@ def balance_layer(
     bound = max(mean, float(loads.max()) / most)
     bound = math.ceil(bound - 1e-9) if most == 1 else bound
     binaries = len(loads) * len(slots_per_gpu) * most
-    tolerance = 0.0 if binaries <= SMALL_PROGRAM else GAP_TOLERANCE
+    if enough is not None and enough < bound:
+        enough = None  # out of reach: the least is worth knowing
+    tolerance = 0.0 if binaries <= SMALL_PROGRAM or enough is not None else GAP_TOLERANCE
+    goal = bound + tolerance * mean if enough is None else enough
     rng = np.random.default_rng(settings.seed)
     packed = pack_layer(loads, counts, slots_per_gpu)
-    gpus = search_balance(loads, packed, target=bound + tolerance * mean / 2, kicks=KICKS, rng=rng)
+    gpus = search_balance(loads, packed, target=(bound + goal) / 2 if enough is None else goal, kicks=KICKS, rng=rng)
     busiest = busiest_load(loads, gpus)
-    if busiest - bound <= tolerance * mean or binaries > MOST_BINARIES:
+    if busiest <= goal or binaries > MOST_BINARIES:
         return BalancedLayer(gpus, busiest, min(bound, busiest))
     model, holds = _balance_model(loads, slots_per_gpu, most)
     result = solve_model(model, settings, time_limit_s, gap_rel=tolerance / 5)

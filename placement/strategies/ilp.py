@@ -119,7 +119,8 @@ class _Locality:
             ones = np.ones(len(loads), dtype=np.int64)
             gpus = swap_copies(loads, pack_layer(loads, ones, self.sizes))
             if busiest_load(loads, gpus) > limits[layer]:
-                solved = balance_layer(loads, self.sizes, self.settings, self._time_left(), most_copies=1)
+                limit = float(limits[layer])
+                solved = balance_layer(loads, self.sizes, self.settings, self._time_left(), 1, enough=limit)
                 gpus = solved.gpus
                 if solved.busiest > limits[layer]:
                     if spare:
@@ -133,7 +134,7 @@ class _Locality:
         mean = self.problem.loads[layer].sum() / self.problem.num_gpus
         raise ProblemError(
             f"objective.max_load {self.problem.objective.max_load}: in MoE layer {layer} the least load found for the "
-            f"busiest GPU is {busiest / mean:.4f} of the mean (no placement goes below {bound / mean:.4f}); give a "
+            f"busiest GPU is {busiest / mean:.6g} of the mean (no placement goes below {bound / mean:.6g}); give a "
             "higher max_load, more slots_per_gpu or fewer GPUs"
         )
 
@@ -141,6 +142,8 @@ class _Locality:
         """One copy each: GPU of every expert [L, E], and a number of transitions that none exceeds."""
         problem = self.problem
         transitions, loads, limits = problem.transitions, problem.loads, problem.load_limits
+        if not transitions.any():
+            return start, 0
         if is_small(problem.num_layers, self.sizes):
             self.progress("exact dynamic program")
             gpu = best_chain(transitions, loads, self.sizes, limits)
@@ -175,7 +178,8 @@ class _Locality:
             counts = copy_counts(loads, problem.slots_per_gpu)
             gpus = descend(loads, pack_layer(loads, counts, problem.slots_per_gpu))
             if busiest_load(loads, gpus) > limits[layer]:
-                solved = balance_layer(loads, problem.slots_per_gpu, self.settings, self._time_left())
+                limit = float(limits[layer])
+                solved = balance_layer(loads, problem.slots_per_gpu, self.settings, self._time_left(), enough=limit)
                 gpus = solved.gpus
                 if solved.busiest > limits[layer]:
                     self._refuse(layer, solved.busiest, solved.bound)

@@ -122,6 +122,8 @@ class _BoundedCBC(pulp.COIN_CMD):
             except subprocess.TimeoutExpired:
                 lp.assignStatus(pulp.LpStatusNotSolved, pulp.LpSolutionNoSolutionFound)
                 return int(pulp.LpStatusNotSolved)
+            except subprocess.CalledProcessError as error:
+                raise ProblemError(f"CBC ended with exit code {error.returncode}; use solver.backend=highs") from None
             read: tuple[Any, ...] = self.readsol_MPS(answer, lp, variables, variable_names, constraint_names)
         status, values, sol_status = read[0], read[1], read[5]
         lp.assignVarsVals(values)
@@ -131,7 +133,9 @@ class _BoundedCBC(pulp.COIN_CMD):
 
 def _solve_with_cbc(model: pulp.LpProblem, settings: SolverSettings, time_limit_s: float) -> MipResult:
     path = pulp.PULP_CBC_CMD.pulp_cbc_path
-    solver = _BoundedCBC(path=path, msg=False, timeLimit=time_limit_s, options=["-randomCbcSeed", str(settings.seed)])
+    solver = _BoundedCBC(
+        path=path, msg=False, timeLimit=time_limit_s, options=["-randomCbcSeed", str(settings.seed % 2**31)]
+    )
     if not solver.available():
         raise ProblemError("solver.backend cbc: no CBC program was found; pip install pulp[cbc], or use backend highs")
     try:

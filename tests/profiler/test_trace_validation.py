@@ -179,7 +179,7 @@ def test_files_that_are_no_traces(tmp_path: Path) -> None:
 def test_malformed_entries(tmp_path: Path, entry: bytes) -> None:
     header = b'{"experts":' + entry + b"}"
     (tmp_path / "t").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-    with pytest.raises(TraceError, match="is malformed|does not fit its shape"):
+    with pytest.raises(TraceError, match=r"is malformed|does not fit its shape"):
         RoutingTrace.open(tmp_path / "t")
 
 
