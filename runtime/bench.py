@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +11,7 @@ from typing import Any
 
 import torch
 
+from placement import provenance
 from placement.atomic import write_atomically
 from profiler.errors import InputError
 from runtime.distributed import RankGroup
@@ -121,37 +117,7 @@ def describe_run(run: Run, batch: int, context: str) -> dict[str, Any]:
 
 def describe_machine(group: RankGroup) -> dict[str, Any]:
     """Command, commit, device and versions, as every result file states them."""
-    import transformers
-
-    device = f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    described = provenance.describe_run(("torch", "transformers"))
     if group.device.type == "cuda":
-        device = f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(group.device)}"
-    return {
-        "command": shlex.join([*_module(), *sys.argv[1:]]),
-        "commit": _commit(),
-        "device": device,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _module() -> list[str]:
-    """How this program was started, without the checkout's path."""
-    script = Path(sys.argv[0]).resolve()
-    checkout = Path(__file__).resolve().parents[1]
-    if not script.is_relative_to(checkout):
-        return ["python", str(script)]
-    module = ".".join(script.relative_to(checkout).with_suffix("").parts)
-    return ["python", "-m", module.removesuffix(".__main__")]
-
-
-def _commit() -> str | None:
-    """The checkout's commit, None outside of one."""
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
+        described["device"] = f"{torch.cuda.device_count()}x {torch.cuda.get_device_name(group.device)}"
+    return described
