@@ -70,6 +70,8 @@ class CausalModel:
         self.model = model
         self._accepts = set(inspect.signature(type(model).forward).parameters)
         self.can_merge = self._has_plain_attention()
+        # A learned choice of positions to attend to goes wrong in padded rows, in Transformers' own batches too.
+        self.can_pad = getattr(model.config.get_text_config(), "index_topk", None) is None
 
     def _has_plain_attention(self) -> bool:
         """Whether the family's layers all cache keys and values only (sliding windows may be cached in full)."""

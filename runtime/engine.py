@@ -20,7 +20,7 @@ from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
 from runtime.settings import EngineSettings
 from runtime.step_plan import Admission, StepPlan
-from runtime.worker import RankWorker
+from runtime.worker import NO_TOKEN, RankWorker
 
 logger = logging.getLogger(__name__)
 
@@ -119,14 +119,19 @@ class Engine:
             if self._failure is not None or (self._stopping and not self._thread.is_alive()):
                 return
             self._failure = reason
-            orphans = [*self._waiting, *self._running.values()]
-            self._waiting.clear()
-            self._running.clear()
             self._changed.notify()
-        for request in orphans:
-            request.on_event(TokenEvent(None, "error", reason))
+        self._end_all(reason)
         if self._on_failure is not None:
             self._on_failure(reason)
+
+    def _end_all(self, reason: str) -> None:
+        """Tell every open request, once, that it ends with an error."""
+        with self._changed:
+            orphans = [*self._running.values(), *self._waiting]
+            self._waiting.clear()
+            self._running.clear()
+        for request in orphans:
+            request.on_event(TokenEvent(None, "error", reason))
 
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
@@ -144,8 +149,7 @@ class Engine:
                 self._changed.wait_for(lambda: self._failure is not None, CAUSE_S)
             self.fail(f"a decoding step failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         else:
-            for request in [*self._running.values(), *self._waiting]:
-                request.on_event(TokenEvent(None, "error", "the server is shutting down"))
+            self._end_all("the server is shutting down")
 
     def _schedule(self) -> StepPlan:
         """Decide the next step; waits while there is nothing to do."""
@@ -177,6 +181,8 @@ class Engine:
             longest = max(longest, len(request.prompt))
             if admissions and longest * (len(admissions) + 1) > self._settings.max_prefill_tokens:
                 break
+            if admissions and not self._worker.model.can_pad and len(request.prompt) != len(admissions[0].tokens):
+                break
             self._waiting.popleft()
             request.home = self._choose_home()
             self._running[request.number] = request
@@ -204,7 +210,10 @@ class Engine:
                 if request is None:
                     continue
                 request.generated += 1
-                if token in self._eos and not request.sampling.ignore_eos:
+                if token == NO_TOKEN:
+                    reason = "the model's logits are not finite for this request; serve with dtype=bfloat16 or float32"
+                    self._end(request, TokenEvent(None, "error", reason))
+                elif token in self._eos and not request.sampling.ignore_eos:
                     self._end(request, TokenEvent(None, "stop"))
                 elif request.generated >= request.sampling.max_tokens:
                     self._end(request, TokenEvent(token, "length"))

@@ -24,22 +24,23 @@ ExpertsForward = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor],
 
 
 def expert_parameter_names(layer: MoELayer) -> list[str]:
-    """Names of the module's parameters that are stacked over experts ``[E, …]``.
+    """Names of the module's parameters, all of them stacked over experts ``[E, …]``.
 
     Raises:
-        ModelError: the experts are separate modules instead of stacked parameters.
+        ModelError: the experts are kept in another way.
     """
-    names = [
-        name
-        for name, parameter in layer.experts.named_parameters(recurse=False)
-        if parameter.ndim >= 2 and parameter.shape[0] == layer.num_experts
+    parameters = dict(layer.experts.named_parameters(recurse=False))
+    # One that is not stacked would keep its rows while the slots are renumbered: every expert would use another's.
+    odd = [
+        name for name, parameter in parameters.items() if parameter.ndim < 2 or parameter.shape[0] != layer.num_experts
     ]
-    if not names:
+    if odd or not parameters:
+        found = f"{odd[0]} has shape {list(parameters[odd[0]].shape)}" if odd else "there are none"
         raise ModelError(
-            f"{layer.name}: expected parameters stacked over {layer.num_experts} experts; "
-            "this model family keeps its experts as separate modules, which the runtime cannot shard"
+            f"{layer.name}: expected parameters stacked over {layer.num_experts} experts, but {found}; "
+            "the runtime cannot shard this model family"
         )
-    return names
+    return list(parameters)
 
 
 def shrink_to_slots(layer: MoELayer, num_slots: int) -> None:

@@ -8,7 +8,7 @@ import queue
 from runtime.requests import SamplingParameters, TokenEvent
 from runtime.serve import abort, follow, watch_ranks
 from runtime.settings import EngineSettings
-from runtime.start import load_plan, start_run
+from runtime.start import load_plan, load_tokenizer, start_run
 
 
 def generate(plan_path: str, settings: EngineSettings, prompt: str, sampling: SamplingParameters) -> int:
@@ -17,11 +17,9 @@ def generate(plan_path: str, settings: EngineSettings, prompt: str, sampling: Sa
     if int(os.environ.get("RANK", "0")) != 0:
         return follow(plan, model, settings)
 
-    from transformers import AutoTokenizer
-
     from runtime.server.detokenizer import DetokenizerFactory
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
     engine = run.start_engine(settings)
     watch_ranks(run, engine)

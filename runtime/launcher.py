@@ -21,13 +21,17 @@ _LAUNCHED = "EXPERTPLAN_LAUNCHED"  # set for ranks whose standard input is a pip
 
 
 def end_with_launcher() -> None:
-    """In a rank started by `LocalRanks`: end at once when rank 0 is gone, whatever this rank waits for."""
+    """In a rank started by `LocalRanks`: end when rank 0 says so, or at once when it is gone.
+
+    A SIGTERM to the whole process group is rank 0's to handle: running requests get their time to end.
+    """
 
     def watch() -> None:
         os.read(0, 1)  # nothing is ever written: it returns when the pipe closes
         os._exit(1)
 
     if _LAUNCHED in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Thread(target=watch, name="launcher-watch", daemon=True).start()
 
 

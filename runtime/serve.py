@@ -11,7 +11,7 @@ from pathlib import Path
 from placement.plan import PlacementPlan
 from runtime.engine import Engine
 from runtime.settings import EngineSettings, ServerSettings
-from runtime.start import Run, load_plan, start_run
+from runtime.start import Run, load_plan, load_tokenizer, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -22,18 +22,16 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
     if int(os.environ.get("RANK", "0")) != 0:
         return follow(plan, model, settings)
 
-    from transformers import AutoTokenizer
-
     from runtime.server import bind_socket, create_app, run_server
 
     listening = bind_socket(server.host, server.port)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
     engine = run.start_engine(settings)
-    watch_ranks(run, engine)
-    engine.start()
     name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
     app = create_app(engine, tokenizer, name, int(time.time()))
+    watch_ranks(run, engine)
+    engine.start()
     try:
         failure = run_server(app, listening, engine, on_ready=lambda url: logger.info("serving %s on %s", name, url))
         if failure is not None:
@@ -49,9 +47,9 @@ def follow(plan: PlacementPlan, model: str, settings: EngineSettings) -> int:
     try:
         run = start_run(plan, model, settings)
         run.worker.serve()
-    except RuntimeError as error:  # what torch.distributed raises when a peer is gone
+    except RuntimeError as error:  # of this rank's own, or what torch.distributed raises when a peer is gone
         reason = str(error).splitlines()[0]
-        print(f"error: rank {os.environ['RANK']} lost the other ranks: {reason}", file=sys.stderr)
+        print(f"error: rank {os.environ['RANK']} stopped: {reason}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # leaving the group in order would wait for the lost ranks
     run.close()

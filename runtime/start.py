@@ -6,7 +6,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from runtime.launcher import LocalRanks
 from runtime.random_weights import random_shard
 from runtime.settings import EngineSettings
 from runtime.worker import RankWorker, local_slots
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,26 @@ def _moe_shape(model: str) -> tuple[list[int], int, int]:
     return [layer.layer_id for layer in layers], layers[0].num_experts, layers[0].top_k
 
 
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub id.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    remedy = "give a model with tokenizer.json, or copy the tokenizer of the model it was made from"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"model {model}: no usable tokenizer ({reason}); {remedy}") from error
+    # Where its files are missing, Transformers makes an empty one of the family's class.
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        raise ModelError(f"model {model}: its tokenizer knows no text; {remedy}")
+    return tokenizer
+
+
 def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
     """Start or join the ranks and load this rank's shard.
 
@@ -157,6 +180,8 @@ def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, gro
         worker = load_worker(plan, model, settings, group)
     except InputError as error:
         found = str(error)
+    except torch.OutOfMemoryError:
+        found = f"model {model}: this rank's part does not fit into {group.device}; plan for more GPUs or fewer slots"
     errors = group.gather_text(found)
     failed = [rank for rank, text in enumerate(errors) if text]
     if worker is not None and not failed:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from placement.plan import PlacementPlan
+from profiler.seam import MoELayer
 from runtime.batch import CausalModel, SequenceBatch
 from runtime.checkpoint import LoadReport
 from runtime.context import StepContext
@@ -15,6 +17,8 @@ from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, StepPlan
+
+NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
 
 
 class RankWorker:
@@ -33,6 +37,8 @@ class RankWorker:
         self.model = CausalModel(model)
         self.everyone_holds_all = exchange == "allreduce"
         self.layers = report.layers
+        # Only in ``alltoall`` can a rank be without sequences.
+        self._empty_calls = [] if self.everyone_holds_all else _record_empty_calls(self.model, self.layers)
         install_shards(report, plan, group, exchange, self.context)
         self.homes: dict[int, int] = {}  # every running sequence, in the order of admission
         self.last_token: dict[int, int] = {}
@@ -51,7 +57,7 @@ class RankWorker:
         """Run one step.
 
         Returns:
-            The new token of every sequence that took part, on every rank.
+            The new token of every sequence that took part, on every rank; `NO_TOKEN` where there is none.
         """
         self._retire(step.retire)
         if step.admit:
@@ -118,21 +124,19 @@ class RankWorker:
     def _take_part_idle(self) -> dict[int, int]:
         """Without sequences of its own a rank still serves its experts to the others, layer by layer."""
         self.context.valid = None
-        model = self.model.model
-        hidden = torch.empty((0, model.config.get_text_config().hidden_size), dtype=model.dtype, device=model.device)
-        for layer in self.layers:
-            ids = torch.empty((0, layer.top_k), dtype=torch.long, device=model.device)
-            layer.experts.forward(hidden, ids, hidden.new_empty((0, layer.top_k)))
+        for layer, arguments in zip(self.layers, self._empty_calls, strict=True):
+            layer.experts.forward(*arguments)
         return {}
 
     def _sample(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
         if self.everyone_holds_all and self.group.rank != 0:
             return {}
-        greedy = logits.argmax(dim=-1).tolist()  # one round trip to the device for the whole batch
+        # One round trip to the device for the whole batch. NaN is the greatest value to max, too.
+        greedy = logits.argmax(dim=-1).masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
         tokens = {}
         for row, (sequence, token) in enumerate(zip(sequences, greedy, strict=True)):
             sampler = self._samplers[sequence]
-            tokens[sequence] = token if sampler.temperature == 0 else sampler(logits[row])
+            tokens[sequence] = token if sampler.temperature == 0 or token == NO_TOKEN else sampler(logits[row])
         return tokens
 
     def _share(self, sampled: dict[int, int], homes: dict[int, int]) -> dict[int, int]:
@@ -148,6 +152,24 @@ class RankWorker:
             seq: row[place] for members, row in zip(by_rank, rows, strict=True) for place, seq in enumerate(members)
         }
         return {sequence: found[sequence] for sequence in homes}
+
+
+def _record_empty_calls(model: CausalModel, layers: list[MoELayer]) -> list[tuple[torch.Tensor, ...]]:
+    """Arguments of every layer's experts for no tokens, cut from one pass without experts.
+
+    No configuration gives their width and dtypes: some families project tokens to a latent width first, some weigh in
+    float32.
+    """
+    calls: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def record(layer_id: int, hidden: torch.Tensor, *routes: torch.Tensor) -> torch.Tensor:
+        calls[layer_id] = tuple(tensor[:0].clone() for tensor in (hidden.reshape(-1, hidden.shape[-1]), *routes))
+        return torch.zeros_like(hidden)
+
+    for layer in layers:
+        layer.experts.forward = functools.partial(record, layer.layer_id)
+    model.prefill([0], [[0]])
+    return [calls[layer.layer_id] for layer in layers]
 
 
 def local_slots(plan: PlacementPlan, rank: int) -> dict[int, tuple[int, ...]]:

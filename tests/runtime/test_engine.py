@@ -14,6 +14,7 @@ from runtime.engine import Engine, eos_token_ids
 from runtime.requests import EngineError, SamplingParameters, TokenEvent
 from runtime.settings import EngineSettings
 from runtime.step_plan import StepPlan
+from runtime.worker import NO_TOKEN
 from tests.support.fake_worker import WAIT_S, FakeWorker, Listener, wait_until
 
 EOS = 2
@@ -50,6 +51,20 @@ def test_length_end_and_retirement(make: Make) -> None:
     assert events == [TokenEvent(10, None), TokenEvent(10, None), TokenEvent(10, "length")]
     wait_until(lambda: any(plan.retire == [0] for plan in worker.plans))
     assert sum(len(plan.retire) for plan in worker.plans) == 1
+
+
+def test_logits_that_are_no_numbers_end_one_request_only(make: Make) -> None:
+    worker = FakeWorker()
+    worker.tokens = lambda sequence, step: NO_TOKEN if (sequence, step) == (0, 1) else 7
+    engine = make(worker)
+    spoilt, sound = submit(engine, max_tokens=4), submit(engine, max_tokens=4)
+    engine.start()
+    token, error = spoilt.wait()
+    assert token == TokenEvent(7, None)
+    assert error.finish_reason == "error"
+    assert "dtype" in (error.error or "")
+    assert [event.token_id for event in sound.wait()] == [7] * 4
+    assert engine.status().failure is None
 
 
 def test_end_of_sequence(make: Make) -> None:

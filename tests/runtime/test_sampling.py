@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from profiler.errors import InputError
 from runtime.requests import SamplingParameters
 from runtime.sampling import Sampler
+from runtime.worker import NO_TOKEN, RankWorker
 
 PROBABILITIES = [0.5, 0.25, 0.15, 0.1]
 LOGITS = torch.tensor(PROBABILITIES).log()
@@ -91,3 +93,12 @@ def test_every_accepted_seed_works(seed: int) -> None:
 def test_what_would_break_a_step_is_refused(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{name}="):
         SamplingParameters(**{name: value})
+
+
+def test_logits_that_are_no_numbers_give_no_token() -> None:
+    worker = RankWorker.__new__(RankWorker)
+    worker.everyone_holds_all = True
+    worker.group = SimpleNamespace(rank=0)  # type: ignore[assignment]
+    worker._samplers = {0: Sampler(0, 1, 0), 1: Sampler(1, 1, 0), 2: Sampler(1, 1, 0), 3: Sampler(0, 1, 0)}
+    logits = torch.tensor([[-math.inf, 1.0], [math.nan, 1.0], [math.inf, 1.0], [math.nan, 1.0]])
+    assert worker._sample([0, 1, 2, 3], logits) == {0: 1, 1: NO_TOKEN, 2: NO_TOKEN, 3: NO_TOKEN}

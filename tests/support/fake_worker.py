@@ -17,9 +17,11 @@ WAIT_S = 10
 class FakeWorker:
     """Follows plans like a worker; ``tokens(sequence, step)`` gives each new token, and steps wait for ``allow``."""
 
-    def __init__(self, *, world_size: int = 1, everyone: bool = True, can_merge: bool = True) -> None:
+    def __init__(
+        self, *, world_size: int = 1, everyone: bool = True, can_merge: bool = True, can_pad: bool = True
+    ) -> None:
         self.group = SimpleNamespace(world_size=world_size, broadcast_json=self._broadcast)
-        self.model = SimpleNamespace(can_merge=can_merge)
+        self.model = SimpleNamespace(can_merge=can_merge, can_pad=can_pad)
         self.everyone_holds_all = everyone
         self.plans: list[StepPlan] = []
         self.sent_at: list[float] = []
