@@ -80,11 +80,11 @@ class CausalModel:
         layers = DynamicCache(config=self.model.config).layers
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
-    def prefill(self, sequences: list[int], prompts: Sequence[Sequence[int]]) -> tuple[SequenceBatch, torch.Tensor]:
-        """Run prompts together.
+    def start(self, sequences: list[int], prompts: Sequence[Sequence[int]]) -> tuple[SequenceBatch, torch.Tensor]:
+        """Lay prompts out together, padded on the left.
 
         Returns:
-            The batch, and float32 logits ``[B, V]`` after each prompt's last token.
+            The batch, with nothing cached yet, and the token ids ``[B, S]`` to `run` it with.
         """
         from transformers.cache_utils import DynamicCache
 
@@ -92,16 +92,25 @@ class CausalModel:
         device = self.model.device
         tokens = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        batch = SequenceBatch(sequences, mask, DynamicCache() if self.can_merge else None)
-        return batch, self._forward(batch, tokens)
+        return SequenceBatch(sequences, mask, DynamicCache() if self.can_merge else None), tokens
+
+    def prefill(self, sequences: list[int], prompts: Sequence[Sequence[int]]) -> tuple[SequenceBatch, torch.Tensor]:
+        """Run prompts together.
+
+        Returns:
+            The batch, and float32 logits ``[B, V]`` after each prompt's last token.
+        """
+        batch, tokens = self.start(sequences, prompts)
+        return batch, self.run(batch, tokens)
 
     def decode(self, batch: SequenceBatch, tokens: list[int]) -> torch.Tensor:
         """Feed one token per sequence; float32 logits ``[B, V]``."""
         batch.mask = pad(batch.mask, (0, 1), value=1)
-        return self._forward(batch, torch.tensor(tokens, device=batch.mask.device)[:, None])
+        return self.run(batch, torch.tensor(tokens, device=batch.mask.device)[:, None])
 
     @torch.inference_mode()
-    def _forward(self, batch: SequenceBatch, tokens: torch.Tensor) -> torch.Tensor:
+    def run(self, batch: SequenceBatch, tokens: torch.Tensor) -> torch.Tensor:
+        """Feed the batch's newest tokens ``[B, new]``, which its mask covers; float32 logits ``[B, V]`` of the last."""
         positions = (batch.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         arguments = {
             "input_ids": tokens,

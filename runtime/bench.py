@@ -14,6 +14,7 @@ import torch
 from placement import provenance
 from placement.atomic import write_atomically
 from profiler.errors import InputError
+from profiler.trace_header import require_output
 from runtime.distributed import RankGroup
 from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, start_run
@@ -50,6 +51,8 @@ class DecodeBenchmark:
 
 def bench_decode(plan_path: str, settings: EngineSettings, benchmark: DecodeBenchmark, output: str | None) -> int:
     """Time decode steps and print a row per batch size; returns the exit code."""
+    if output is not None:
+        require_output(Path(output), [Path(plan_path)])
     plan, model = load_plan(plan_path, settings)
     run = start_run(plan, model, settings)
     rows = [time_batch(run, benchmark, batch) for batch in benchmark.batch_sizes]

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 from profiler.seam import MoELayer, find_moe_layers
-from runtime.errors import ModelError
+from runtime.errors import ModelError, first_line
 from runtime.experts import expert_parameter_names, shrink_to_slots
 
 PER_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
@@ -106,7 +106,7 @@ def load_shard(path: str, slots: Slots, dtype: torch.dtype | str, device: torch.
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"model {path}: cannot be loaded ({_first_line(error)}); copy or download it again") from error
+        raise ModelError(f"model {path}: cannot be loaded ({first_line(error)}); copy or download it again") from error
     empty = {f"{layer.name}." for layer in report.layers if not slots[layer.layer_id]}
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(empty) or ("\0",)))
     if missing or info["mismatched_keys"]:
@@ -170,7 +170,3 @@ def _filter_checkpoint(
                 raise ModelError(f"{key}: shape {shape}, expected {layer.num_experts} experts first; unknown layout")
             kept[key] = _SlotRows(tensor, list(slots[layer.layer_id]), count)
     return kept
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

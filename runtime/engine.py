@@ -12,7 +12,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -36,7 +36,7 @@ class _Request:
     on_event: Callable[[TokenEvent], None]
     generated: int = 0
     home: int = 0
-    cancelled: bool = field(default=False)
+    cancelled: bool = False
 
 
 class Engine:
@@ -62,12 +62,10 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self._failure: str | None = None
-        self._on_failure: Callable[[str], None] | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self, on_failure: Callable[[str], None] | None = None) -> None:
-        """Begin taking steps; ``on_failure`` is called once, from any thread, if the engine goes down."""
-        self._on_failure = on_failure
+    def start(self) -> None:
+        """Begin taking steps."""
         self._thread.start()
 
     def submit(
@@ -121,8 +119,6 @@ class Engine:
             self._failure = reason
             self._changed.notify()
         self._end_all(reason)
-        if self._on_failure is not None:
-            self._on_failure(reason)
 
     def _end_all(self, reason: str) -> None:
         """Tell every open request, once, that it ends with an error."""

@@ -13,7 +13,7 @@ import torch
 
 from profiler.seam import find_moe_layers
 from runtime.checkpoint import LoadReport, Slots
-from runtime.errors import ModelError
+from runtime.errors import ModelError, first_line
 from runtime.experts import expert_parameter_names, shrink_to_slots
 
 STANDARD_DEVIATION = 0.02
@@ -42,7 +42,7 @@ def random_shard(
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {path}: no usable config.json ({str(error).splitlines()[0]})") from error
+        raise ModelError(f"model {path}: no usable config.json ({first_line(error)})") from error
     resolved = getattr(config, "dtype", None) or torch.bfloat16 if dtype == "auto" else dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=resolved)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from placement.plan import PlacementPlan
 from runtime.engine import Engine
+from runtime.errors import first_line
 from runtime.settings import EngineSettings, ServerSettings
 from runtime.start import Run, load_plan, load_tokenizer, start_run
 
@@ -48,8 +49,7 @@ def follow(plan: PlacementPlan, model: str, settings: EngineSettings) -> int:
         run = start_run(plan, model, settings)
         run.worker.serve()
     except RuntimeError as error:  # of this rank's own, or what torch.distributed raises when a peer is gone
-        reason = str(error).splitlines()[0]
-        print(f"error: rank {os.environ['RANK']} stopped: {reason}", file=sys.stderr)
+        print(f"error: rank {os.environ['RANK']} stopped: {first_line(error)}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # leaving the group in order would wait for the lost ranks
     run.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -14,7 +14,17 @@ MAX_TIMEOUT_S = 86400
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class Settings:
+    """What all settings can do."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        """Take this class's keys out of a composed configuration."""
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+
+@dataclass(frozen=True)
+class EngineSettings(Settings):
     """How a plan is served.
 
     Attributes:
@@ -57,11 +67,6 @@ class EngineSettings:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 1 <= timeout <= MAX_TIMEOUT_S:
             raise ModelError(f"rank_timeout_s={timeout}: expected a number of seconds from 1 to {MAX_TIMEOUT_S}")
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> EngineSettings:
-        """Take this class's keys out of a composed configuration."""
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
-
     def torch_dtype(self, device: torch.device) -> torch.dtype | str:
         """The dtype to load with on this device."""
         if self.dtype == "auto":
@@ -70,7 +75,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class ServerSettings:
+class ServerSettings(Settings):
     """Where a plan is served, and under what name.
 
     Attributes:
@@ -90,8 +95,3 @@ class ServerSettings:
             raise InputError(f"port={self.port}: expected an integer from 0 to 65535")
         if self.served_model_name is not None and not isinstance(self.served_model_name, str):
             raise InputError(f"served_model_name={self.served_model_name}: expected text")
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ServerSettings:
-        """Take this class's keys out of a composed configuration."""
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})

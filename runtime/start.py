@@ -15,7 +15,7 @@ from profiler.fingerprint import model_fingerprint
 from runtime.checkpoint import load_shard
 from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
 from runtime.engine import Engine, eos_token_ids
-from runtime.errors import InputError, ModelError
+from runtime.errors import InputError, ModelError, one_line
 from runtime.exchange import EXCHANGES
 from runtime.launcher import LocalRanks
 from runtime.random_weights import random_shard
@@ -103,8 +103,9 @@ def _moe_shape(model: str) -> tuple[list[int], int, int]:
         ArithmeticError,
         StrictDataclassError,
     ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"model {model}: no usable config.json ({reason}); copy or download it again") from error
+        raise ModelError(
+            f"model {model}: no usable config.json ({one_line(error)}); copy or download it again"
+        ) from error
     layers = find_moe_layers(skeleton)
     return [layer.layer_id for layer in layers], layers[0].num_experts, layers[0].top_k
 
@@ -121,8 +122,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"model {model}: no usable tokenizer ({reason}); {remedy}") from error
+        raise ModelError(f"model {model}: no usable tokenizer ({one_line(error)}); {remedy}") from error
     # Where its files are missing, Transformers makes an empty one of the family's class.
     if not tokenizer("text", add_special_tokens=False)["input_ids"]:
         raise ModelError(f"model {model}: its tokenizer knows no text; {remedy}")

@@ -99,11 +99,10 @@ class RankWorker:
         if not admissions:
             return self._take_part_idle()
         prompts = [admission.tokens for admission in admissions]
-        longest = max(map(len, prompts))
-        padded = [[False] * (longest - len(prompt)) + [True] * len(prompt) for prompt in prompts]
-        valid = torch.tensor(padded, device=self.group.device).flatten()
-        self.context.valid = None if bool(valid.all()) else valid
-        batch, logits = self.model.prefill([admission.sequence for admission in admissions], prompts)
+        batch, tokens = self.model.start([admission.sequence for admission in admissions], prompts)
+        padded = len({len(prompt) for prompt in prompts}) > 1
+        self.context.valid = batch.mask.bool().flatten() if padded else None
+        logits = self.model.run(batch, tokens)
         for admission in admissions:
             self._samplers[admission.sequence] = Sampler(admission.temperature, admission.top_p, admission.seed)
         if self._batch is None:

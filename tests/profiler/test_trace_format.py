@@ -6,6 +6,7 @@ import resource
 import tempfile
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -181,45 +182,39 @@ def test_writer_and_validation_hold_little_in_memory(tmp_path: Path) -> None:
     assert read_peak < 60e6
 
 
+BARE: dict[str, Any] = {
+    "model": "m",
+    "num_experts": 8,
+    "layer_ids": [0, 1, 2],
+    "top_k": 2,
+    "weights": False,
+    "token_ids": False,
+}
+
+
 def test_nothing_is_left_behind_when_recording_fails(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "t.safetensors", random_sequences([3], seed=1))
     before = path.read_bytes()
-    settings = {
-        "model": "m",
-        "num_experts": 8,
-        "layer_ids": [0, 1, 2],
-        "top_k": 2,
-        "weights": False,
-        "token_ids": False,
-    }
     sequence = random_sequences([3])[0]
 
     def interrupted() -> None:
-        with TraceWriter(path, **settings) as writer:
+        with TraceWriter(path, **BARE) as writer:
             writer.add_sequence(sequence.experts, decode=sequence.decode)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    with pytest.raises(TraceError, match="no token was recorded"), TraceWriter(path, **settings):
+    with pytest.raises(TraceError, match="no token was recorded"), TraceWriter(path, **BARE):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == before
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
-    settings = {
-        "model": "m",
-        "num_experts": 8,
-        "layer_ids": [0, 1, 2],
-        "top_k": 2,
-        "weights": False,
-        "token_ids": False,
-    }
     sequence = random_sequences([20_000])[0]
 
     def record() -> None:
-        with TraceWriter(tmp_path / "t", **settings) as writer:
+        with TraceWriter(tmp_path / "t", **BARE) as writer:
             writer.add_sequence(sequence.experts, decode=sequence.decode)
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -261,3 +261,9 @@ def test_damaged_weights_on_two_ranks(folder: Path, tmp_path: Path, only_rank_1:
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: rank 1: model" if only_rank_1 else "error: model")
+
+
+def test_bench_refuses_its_output_before_any_rank_starts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    output = tmp_path / "missing" / "rows.json"
+    assert main(["bench", "decode", "--plan", str(tmp_path / "plan.json"), "-o", str(output)]) == 2
+    assert str(output) in capsys.readouterr().err

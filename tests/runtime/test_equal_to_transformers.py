@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from profiler.seam import find_moe_layers
 from tests.support.plans import KINDS, make_plan
 from tests.support.rank_pool import Job, RankPool
+from tests.support.reference import greedy
 
 NEW_TOKENS = 64
 TOLERANCE = 1e-4
@@ -39,18 +40,8 @@ class Reference:
 @cache
 def reference(model_path: str, prompt: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Reference:
     """What Transformers generates for one prompt alone, greedily and beyond any end-of-sequence token."""
-    model = loaded(model_path, dtype)
-    answer = model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    logits = torch.cat(answer.logits).float().numpy()
-    return Reference(answer.sequences[0, len(prompt) :].tolist(), logits)
+    tokens, logits = greedy(loaded(model_path, dtype), list(prompt), NEW_TOKENS)
+    return Reference(tokens, logits.numpy())
 
 
 @cache

@@ -24,6 +24,7 @@ from runtime.start import load_together, load_tokenizer
 from tests.support.fake_worker import FakeWorker, Listener
 from tests.support.plans import make_plan
 from tests.support.rank_pool import Job, RankPool
+from tests.support.reference import greedy
 from tests.support.tiny_models import FAMILIES, tiny_config, tiny_model
 
 SERVED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "granitemoe", "qwen3_next")
@@ -83,16 +84,7 @@ def build(model_type: str, settings: dict[str, Any]) -> PreTrainedModel:
 
 def generate(model: PreTrainedModel, prompt: list[int]) -> np.ndarray:
     """Transformers' own float32 logits ``[STEPS, V]``."""
-    answer = model.generate(
-        torch.tensor([prompt]),
-        max_new_tokens=STEPS,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return torch.cat(answer.logits).float().numpy()
+    return greedy(model, prompt, STEPS)[1].numpy()
 
 
 def test_a_rank_without_sequences_serves_experts_of_another_width(
