@@ -44,7 +44,16 @@ def main() -> None:
     heading("2. Solve: put the experts of each layer where their successors are, on the prompts to solve on")
     flags = ["--trace", str(OUTPUT / "trace.safetensors")]
     settings = [f"cluster={cluster}", "workload.exchange=alltoall"]
-    run("placement", "solve", *flags, "-o", str(OUTPUT / "plan.json"), *settings, "objective.max_load=1.15")
+    run(
+        "placement",
+        "solve",
+        *flags,
+        "-o",
+        str(OUTPUT / "plan.json"),
+        *settings,
+        "objective=locality",
+        "objective.max_load=1.15",
+    )
 
     heading("3. Compare: all placements on the prompts to judge on, which the solver did not see")
     outputs = ["-o", str(OUTPUT / "compare.json"), "--plot", str(OUTPUT / "compare.png")]

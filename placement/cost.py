@@ -3,7 +3,7 @@
 step_us = Σ over layers of [ max over GPUs of (c0·[active > 0] + c1·active + c2·pairs) + exchange ], in microseconds.
 Attention and everything else that no placement changes is left out.
 
-Shape suffixes: N steps, B tokens of a step, G GPUs.
+Shape suffixes: N steps, G GPUs, C link classes (NVLink within a node, network between nodes).
 """
 
 from __future__ import annotations
@@ -49,24 +49,37 @@ def gather_routes_us(cluster: Cluster, num_tokens: int, top_k: int) -> float:
     return 1e6 * (link.latency_s + num_tokens * top_k * ROUTE_BYTES_PER_CHOICE / link.bytes_per_s)
 
 
-def traffic_us(cluster: Cluster, rows_NGG: NDArray[np.integer], hidden_state_bytes: int) -> NDArray[np.float64]:
-    """Time of one exchange, float64 [N]: latency + bytes of the busiest port / bandwidth.
+def traffic_us(cluster: Cluster, busiest_NC: NDArray[np.integer], hidden_state_bytes: int) -> NDArray[np.float64]:
+    """Time of one exchange, float64 [N]: latency + bytes of the busiest port / bandwidth, of the slower link class.
 
     Args:
         cluster: its links; a GPU has one port per link class, with the class's bandwidth in each direction.
-        rows_NGG: [N, G, G], hidden states that go from GPU to GPU; the diagonal costs nothing.
+        busiest_NC: [N, 2], most hidden states that one port sends or receives within a node, and between nodes.
         hidden_state_bytes: bytes of one.
     """
-    node = np.arange(cluster.num_gpus) // cluster.gpus_per_node
-    same_node = node[:, None] == node[None, :]
-    same_gpu = np.eye(cluster.num_gpus, dtype=bool)
-    time_N = np.zeros(len(rows_NGG))
-    for link, members in ((cluster.intra_node, same_node & ~same_gpu), (cluster.inter_node, ~same_node)):
-        if members.any():
-            rows = rows_NGG * members
-            busiest = np.maximum(rows.sum(axis=2).max(axis=1), rows.sum(axis=1).max(axis=1))
-            time_N = np.maximum(time_N, 1e6 * (link.latency_s + busiest * hidden_state_bytes / link.bytes_per_s))
+    time_N = np.zeros(len(busiest_NC))
+    for link_class, (link, in_use) in enumerate(
+        ((cluster.intra_node, cluster.gpus_per_node > 1), (cluster.inter_node, cluster.nodes > 1))
+    ):
+        if in_use:
+            bytes_N = busiest_NC[:, link_class] * hidden_state_bytes
+            time_N = np.maximum(time_N, 1e6 * (link.latency_s + bytes_N / link.bytes_per_s))
     return time_N
+
+
+def allreduce_bytes(cluster: Cluster, num_tokens: int, hidden_state_bytes: int) -> tuple[float, float]:
+    """Bytes that one all-reduce of the step's hidden states sends over all GPUs: within nodes, and between nodes.
+
+    A ring over all G GPUs, node after node, is assumed: each GPU sends 2·(G-1)/G of the bytes to the next, the last of
+    every node over the network. This is what ``allreduce_us`` takes as 2·bytes through the slowest port.
+
+    Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", J. Parallel
+    Distrib. Comput. 69 (2009), section 4.
+    """
+    num_gpus = cluster.num_gpus
+    per_gpu = 2 * (num_gpus - 1) / num_gpus * num_tokens * hidden_state_bytes
+    between_nodes = cluster.nodes if cluster.nodes > 1 else 0
+    return (num_gpus - between_nodes) * per_gpu, between_nodes * per_gpu
 
 
 def slowest_link(cluster: Cluster) -> Link:

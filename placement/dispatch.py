@@ -1,8 +1,14 @@
-"""The dispatch rule ``level`` in numpy: which copy of each active expert serves a step.
+"""The dispatch rules in numpy: which copy of each active expert serves a step.
 
-One choice per expert, layer and step keeps the number of expert weights read by the busiest GPU low, which is what a
-small decode batch waits for. Experts with more than ``split_above_tokens`` tokens are bound by tokens instead and are
-split over all their copies.
+``level``: one choice per expert, layer and step keeps the number of expert weights read by the busiest GPU low, which
+is what a small decode batch waits for. Experts with more than ``split_above_tokens`` tokens are bound by tokens instead
+and are split over all their copies.
+
+``nearest``: a token–expert pair whose token lives on a GPU with a copy of the expert is served there and moves nothing.
+All other pairs go by ``level``, run on the remaining counts: an expert is active, and is split, by the pairs that are
+left of it, in token order, and pairs served at home count neither as tokens nor as load. Where a token lives is the
+exchange's matter (``placement.evaluation``); a token without a home (-1; in ``allreduce`` all of them) goes by
+``level``.
 
 Shape suffixes: N steps, T tokens, K choices, E experts, C most copies of an expert, G GPUs.
 """
@@ -62,39 +68,14 @@ def level_dispatch_steps(
     Returns:
         chosen int32 [N, E], row by row equal to ``level_dispatch``.
     """
-    tokens_NE = np.asarray(tokens_per_expert)
-    num_copies_E = (np.asarray(copies) >= 0).sum(axis=1)
-    state_NE = (tokens_NE > 0).astype(np.uint8)
-    if split_above_tokens is not None:
-        state_NE[(tokens_NE > split_above_tokens) & (num_copies_E > 1)] = 2
-    # Steps with the same active and split experts get the same choice: only distinct ones are computed.
-    packed = np.ascontiguousarray(state_NE).view(np.dtype((np.void, state_NE.shape[1])))[:, 0]
-    _, first, inverse = np.unique(packed, return_index=True, return_inverse=True)
-    return _level_states(state_NE[first], np.asarray(copies), num_copies_E, num_gpus)[inverse]
+    from placement.dispatch_kernel import level_steps  # compiles with numba, which reading a plan does not need
 
-
-def _level_states(
-    state_NE: NDArray[np.uint8], copies: NDArray[np.integer], num_copies_E: NDArray[np.integer], num_gpus: int
-) -> NDArray[np.int32]:
-    """Choices for states (0 inactive, 1 active, 2 split): steps 1 and 2 over all rows at once, then levelling."""
-    holders = _holders(copies)
-    chosen_NE = np.full(state_NE.shape, INACTIVE, dtype=np.int32)
-    load_NG = np.zeros((len(state_NE), num_gpus), dtype=np.int32)
-    for expert in np.lexsort((np.arange(len(holders)), num_copies_E)):
-        gpus = np.array(holders[expert])
-        split = np.flatnonzero(state_NE[:, expert] == 2)
-        chosen_NE[split, expert] = SPLIT
-        load_NG[np.ix_(split, gpus)] += 1
-        rows = np.flatnonzero(state_NE[:, expert] == 1)
-        target = gpus[np.argmin(load_NG[np.ix_(rows, gpus)], axis=1)]
-        chosen_NE[rows, expert] = target
-        load_NG[rows, target] += 1
-    least_N = -(-load_NG.sum(axis=1) // num_gpus)
-    if num_copies_E.max(initial=1) > 1:
-        for row in np.flatnonzero(load_NG.max(axis=1) > least_N):
-            chosen = chosen_NE[row].tolist()
-            _level(chosen, load_NG[row].tolist(), holders)
-            chosen_NE[row] = chosen
+    copies_EC = np.ascontiguousarray(copies, dtype=np.int32)
+    num_copies_E = (copies_EC >= 0).sum(axis=1)
+    order_E = np.lexsort((np.arange(len(copies_EC)), num_copies_E))
+    tokens_NE = np.ascontiguousarray(tokens_per_expert, dtype=np.int64)
+    split_above = -1 if split_above_tokens is None else split_above_tokens
+    chosen_NE: NDArray[np.int32] = level_steps(tokens_NE, copies_EC, num_copies_E, order_E, num_gpus, split_above)
     return chosen_NE
 
 
@@ -151,24 +132,31 @@ def _path_to_relief(start: int, load: list[int], placed: list[int], held: list[i
 
 
 def dispatch_tokens(
-    experts: NDArray[np.integer], copies: NDArray[np.integer], num_gpus: int, split_above_tokens: int | None
+    experts: NDArray[np.integer],
+    copies: NDArray[np.integer],
+    num_gpus: int,
+    split_above_tokens: int | None,
+    homes: NDArray[np.integer] | None = None,
 ) -> NDArray[np.int32]:
-    """GPU of every token–expert pair of one layer and step.
+    """GPU of every token–expert pair of one layer and step, by ``level`` or, where homes are given, by ``nearest``.
 
     Args:
         experts: [T, K], the logical experts of each token.
         copies, num_gpus, split_above_tokens: as for ``level_dispatch``.
+        homes: [T], the GPU each token lives on or -1; None for the rule ``level``.
 
     Returns:
         gpus int32 [T, K]. The i-th of a split expert's n pairs, in token order, goes to its copy (i·copies) // n.
     """
-    experts = np.asarray(experts)
-    copies = np.asarray(copies)
-    tokens_per_expert = np.bincount(experts.ravel(), minlength=len(copies))
+    experts, copies = np.asarray(experts), np.asarray(copies)
+    homes = np.full(len(experts), -1) if homes is None else np.asarray(homes)
+    at_home = ((copies[experts] == homes[:, None, None]) & (homes >= 0)[:, None, None]).any(axis=2).ravel()
+    flat = experts.ravel()
+    tokens_per_expert = np.bincount(flat[~at_home], minlength=len(copies))
     chosen = level_dispatch(tokens_per_expert, copies, num_gpus, split_above_tokens)
-    gpus = chosen[experts.ravel()]
+    gpus = np.where(at_home, np.repeat(homes, experts.shape[1]), chosen[flat]).astype(np.int32)
     for expert in np.flatnonzero(chosen == SPLIT):
-        pairs = np.flatnonzero(experts.ravel() == expert)
+        pairs = np.flatnonzero((flat == expert) & ~at_home)
         holders = copies[expert][copies[expert] >= 0]
         gpus[pairs] = holders[np.arange(len(pairs)) * len(holders) // len(pairs)]
     return gpus.reshape(experts.shape)

@@ -1,40 +1,38 @@
 """Evaluation by replay: what a plan does to tokens that were really routed, independent of every solver.
 
-Shape suffixes: T tokens, N steps (batches), B tokens of a step, L layers, K choices, E experts, G GPUs.
+A batch size is replayed in ``batches`` steps, or in fewer where these would be more than ``MOST_TOKENS`` tokens (but
+never in fewer than ``LEAST_STEPS``): means over so many tokens are exact enough, and large steps differ little.
+
+Where a token lives decides what an exchange moves, and what the rule ``nearest`` keeps. ``alltoall``: token i of step n
+lives on GPU (i + n) mod G, so that small steps use every GPU as a home alike; its hidden state goes once to every other
+GPU that serves it, and comes back. ``coherent``: it lives where its first choice of the layer before was served (first
+layer: as for ``alltoall``), and the results meet where its first choice of this layer is served. ``allreduce``: every
+GPU has every token, and none has a home.
+
+Shape suffixes: N steps, B tokens of a step, T tokens, S sequences, L layers, K choices, E experts, G GPUs, C link
+classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from placement.cluster import Cluster
-from placement.cost import allreduce_us, expert_us, gather_routes_us, traffic_us
-from placement.dispatch import SPLIT, level_dispatch_steps
+from placement.cost import allreduce_bytes, allreduce_us, expert_us, gather_routes_us, traffic_us
+from placement.dispatch import level_dispatch_steps
 from placement.errors import ProblemError
-from placement.metrics import BatchMetrics, Metrics, layer_loads
+from placement.metrics import BatchMetrics, BatchSamples, Metrics, TokenSums, copy_weights, layer_loads
 from placement.plan import PlacementPlan
 from profiler.trace_format import RoutingTrace, Split
 
-#: Tokens replayed at once; bounds the memory of a step's intermediate arrays.
-TOKENS_AT_ONCE = 65536
-
-
-@dataclass
-class _Sums:
-    """Sums over replayed steps of one batch size; locality and GPU sums are over tokens."""
-
-    steps: int = 0
-    tokens: int = 0
-    active_ratio: float = 0.0
-    expert_us: float = 0.0
-    exchange_us: float = 0.0
-    gpus: int = 0
-    pairs_kept: int = 0
-    top1_kept: int = 0
+#: Tokens replayed per batch size, at most, unless that would be fewer steps than the least.
+MOST_TOKENS = 2**19
+LEAST_STEPS = 64
+#: Values per step array handled at once; bounds the memory, also with hundreds of GPUs.
+VALUES_AT_ONCE = 2**18
 
 
 def held_out_experts(trace: RoutingTrace, split: Split) -> NDArray[np.integer]:
@@ -61,7 +59,8 @@ def evaluate(
         cluster: with the coefficients of the plan's experts (the first entry of ``coefficients`` is used).
         split: which sequences to judge on; solvers use the even ones.
         batch_sizes: tokens per step.
-        batches: steps drawn per batch size, their tokens independently and with replacement.
+        batches: steps drawn per batch size, their tokens independently and with replacement; fewer for large steps,
+            see ``MOST_TOKENS``.
         seed: of the draw, the same for every batch size and plan.
 
     Raises:
@@ -79,8 +78,15 @@ def evaluate_routes(
     batch_sizes: Sequence[int],
     batches: int = 2000,
     seed: int = 0,
+    sequence_T: NDArray[np.integer] | None = None,
 ) -> Metrics:
-    """``evaluate`` on routes [T, L, K] already in memory."""
+    """``evaluate`` on routes already in memory.
+
+    Args:
+        plan, cluster, batch_sizes, batches, seed: as for ``evaluate``.
+        experts_TLK: [T, L, K], what was routed.
+        sequence_T: [T], sequence ids; with them, sums by sequence are returned as well.
+    """
     if cluster.num_gpus != plan.num_gpus or not cluster.coefficients:
         raise ProblemError(
             f"cluster {cluster.name} has {cluster.num_gpus} GPUs and {len(cluster.coefficients)} sets of "
@@ -90,153 +96,177 @@ def evaluate_routes(
         [np.bincount(layer.ravel(), minlength=plan.num_experts) for layer in experts_TLK.swapaxes(0, 1)]
     )
     loads = layer_loads(plan.slots, popularity)
-    exact = None if plan.has_copies else _exact_sums(plan, experts_TLK)
-    by_batch_size = {}
-    for batch_size in batch_sizes:
-        draws = np.random.default_rng(seed).integers(len(experts_TLK), size=(batches, batch_size))
-        sums = _Sums()
-        for start in range(0, batches, max(1, TOKENS_AT_ONCE // batch_size)):
-            tokens_NB = draws[start : start + max(1, TOKENS_AT_ONCE // batch_size)]
-            _replay(plan, cluster, experts_TLK[tokens_NB], sums, count_tokens=exact is None)
-        by_batch_size[batch_size] = _means(sums, exact or sums, experts_TLK.shape[1:])
-    return Metrics(float(loads.mean()), float(loads.max()), by_batch_size)
+    groups_T, num_groups, sequence_loads = np.zeros(len(experts_TLK), dtype=np.int64), 1, None
+    if sequence_T is not None:
+        ids, groups_T = np.unique(sequence_T, return_inverse=True)
+        num_groups = len(ids)
+        sequence_loads = _sequence_loads(plan, experts_TLK, groups_T, num_groups)
+    replay = _Replay(plan, cluster, experts_TLK, groups_T, num_groups)
+    exact = None if plan.has_copies else replay.sum_all_tokens()
+    by_batch_size, samples = {}, {}
+    for size in batch_sizes:
+        by_batch_size[size], samples[size] = replay.replay_batches(size, batches, seed, exact)
+    return Metrics(float(loads.mean()), float(loads.max()), by_batch_size, samples, sequence_loads)
 
 
-def _exact_sums(plan: PlacementPlan, experts_TLK: NDArray[np.integer]) -> _Sums:
-    """Sums over all tokens, which a plan without copies serves the same way in every step."""
-    sums = _Sums(tokens=len(experts_TLK))
-    for start in range(0, len(experts_TLK), TOKENS_AT_ONCE):
-        part = experts_TLK[start : start + TOKENS_AT_ONCE]
-        previous: tuple[NDArray[np.int16], NDArray[np.integer]] | None = None
-        for layer in range(plan.num_layers):
-            gpus = plan.copies(layer)[:, 0][part[:, layer].astype(np.intp)]
-            previous = _count_tokens(gpus, plan.num_gpus, previous, sums)
-    return sums
+def _sequence_loads(
+    plan: PlacementPlan, experts_TLK: NDArray[np.integer], groups_T: NDArray[np.integer], num_groups: int
+) -> NDArray[np.float64]:
+    """Token–expert pairs of every sequence per layer and GPU, shared evenly by copies: [S, L, G]."""
+    weights_LGE = copy_weights(plan.slots, plan.num_experts)
+    loads_SLG = np.empty((num_groups, plan.num_layers, plan.num_gpus))
+    for layer, weights_GE in enumerate(weights_LGE):
+        keys = groups_T[:, None] * plan.num_experts + experts_TLK[:, layer]
+        counts = np.bincount(keys.ravel(), minlength=num_groups * plan.num_experts)
+        loads_SLG[:, layer] = counts.reshape(num_groups, -1) @ weights_GE.T
+    return loads_SLG
 
 
-def _replay(
-    plan: PlacementPlan, cluster: Cluster, experts_NBLK: NDArray[np.integer], sums: _Sums, count_tokens: bool
-) -> None:
-    """Replay steps through all layers and add them to the sums."""
-    num_steps, batch_size, num_layers, _ = experts_NBLK.shape
-    coefficients = cluster.coefficients[0]
-    sums.steps += num_steps
-    sums.tokens += num_steps * batch_size if count_tokens else 0
-    previous: tuple[NDArray[np.int16], NDArray[np.integer]] | None = None
-    home: NDArray[np.integer] = np.broadcast_to(np.arange(batch_size) % plan.num_gpus, (num_steps, batch_size))
-    for layer in range(num_layers):
-        experts_NBK = experts_NBLK[:, :, layer]
-        copies = plan.copies(layer)
-        counts_NE = _count_experts(experts_NBK, plan.num_experts)
-        chosen_NE = level_dispatch_steps(counts_NE, copies, plan.num_gpus, plan.dispatch.split_above_tokens)
-        gpus_NBK = _pair_gpus(experts_NBK, counts_NE, chosen_NE, copies)
-        active_NG = _active_per_gpu(chosen_NE, copies, plan.num_gpus)
-        pairs_NG = _count_experts(gpus_NBK, plan.num_gpus)
-        least_N = -(-(counts_NE > 0).sum(axis=1) // plan.num_gpus)
-        sums.active_ratio += float((active_NG.max(axis=1) / least_N).sum())
-        sums.expert_us += float(expert_us(active_NG, pairs_NG, coefficients).sum())
-        sums.exchange_us += _exchange_us(plan, cluster, gpus_NBK, home)
-        if plan.workload.exchange == "coherent":
-            home = gpus_NBK[:, :, 0].astype(np.intp)
-        if count_tokens:
-            previous = _count_tokens(gpus_NBK.reshape(-1, gpus_NBK.shape[2]), plan.num_gpus, previous, sums)
+class _Replay:
+    """Tokens, and a plan to replay them through."""
+
+    def __init__(
+        self,
+        plan: PlacementPlan,
+        cluster: Cluster,
+        experts_TLK: NDArray[np.integer],
+        groups_T: NDArray[np.integer],
+        num_groups: int,
+    ) -> None:
+        self.plan, self.cluster = plan, cluster
+        self.experts_LTK = np.ascontiguousarray(experts_TLK.swapaxes(0, 1))  # a layer's routes stay in the caches
+        self.groups_T, self.num_groups = groups_T, num_groups
+        self.exchange = plan.workload.exchange
+        self.keeps_home = plan.dispatch.rule == "nearest" and self.exchange != "allreduce"
+        self.copies = [plan.copies(layer) for layer in range(plan.num_layers)]
+
+    def sum_all_tokens(self) -> TokenSums:
+        """Sums over all tokens, which a plan without copies serves the same way in every step."""
+        sums_S4 = np.zeros((self.num_groups, 4), dtype=np.int64)
+        _, num_tokens, top_k = self.experts_LTK.shape
+        tokens_at_once = max(1, VALUES_AT_ONCE // top_k)
+        for start in range(0, num_tokens, tokens_at_once):
+            tokens_T = np.arange(start, min(start + tokens_at_once, num_tokens))
+            counter = _TokenCounter(self.plan.num_gpus, len(tokens_T))
+            for layer, copies in enumerate(self.copies):
+                counter.add_layer(copies[:, 0][self._experts(tokens_T, layer)])
+            sums_S4 += counter.by_group(self.groups_T[tokens_T], self.num_groups)
+        return self._token_sums(sums_S4)
+
+    def replay_batches(
+        self, batch_size: int, batches: int, seed: int, exact: TokenSums | None
+    ) -> tuple[BatchMetrics, BatchSamples]:
+        """Metrics of one batch size, and what they are means of; token metrics are those given where they are exact."""
+        num_steps = min(batches, max(LEAST_STEPS, MOST_TOKENS // batch_size))
+        _, num_tokens, top_k = self.experts_LTK.shape
+        widest = max(batch_size * top_k, self.plan.num_experts, self.plan.num_gpus)
+        steps_at_once = max(1, VALUES_AT_ONCE // widest)
+        generator = np.random.default_rng(seed)
+        sums_S4 = np.zeros((self.num_groups, 4), dtype=np.int64)
+        parts = []
+        for first_step in range(0, num_steps, steps_at_once):
+            shape = (min(steps_at_once, num_steps - first_step), batch_size)
+            tokens_NB = generator.integers(num_tokens, size=shape)
+            counter = _TokenCounter(self.plan.num_gpus, tokens_NB.size) if exact is None else None
+            parts.append(self._replay_steps(tokens_NB, first_step, counter))
+            if counter is not None:
+                sums_S4 += counter.by_group(self.groups_T[tokens_NB.ravel()], self.num_groups)
+        experts_N, exchange_N, active_N, nvlink_N, network_N = np.concatenate(parts, axis=1)
+        tokens = exact or self._token_sums(sums_S4)
+        gpus_per_token, pair_locality, top1_locality = tokens.means()[0].tolist()
+        samples = BatchSamples(experts_N + exchange_N, active_N, tokens)
+        metrics = BatchMetrics(
+            step_us=float(samples.step_us.mean()),
+            active_ratio=float(active_N.mean()),
+            gpus_per_token=gpus_per_token,
+            pair_locality=pair_locality,
+            top1_transition_locality=top1_locality,
+            expert_us=float(experts_N.mean()),
+            exchange_us=float(exchange_N.mean()),
+            nvlink_bytes=float(nvlink_N.mean()),
+            network_bytes=float(network_N.mean()),
+        )
+        return metrics, samples
+
+    def _replay_steps(
+        self, tokens_NB: NDArray[np.integer], first_step: int, counter: _TokenCounter | None
+    ) -> NDArray[np.float64]:
+        """Replay steps through all layers: µs of experts, of exchanges, active ratio, bytes by link class: [5, N]."""
+        from placement.replay_kernel import count_pairs, place_pairs
+
+        num_steps, batch_size = tokens_NB.shape
+        num_gpus, coefficients = self.plan.num_gpus, self.cluster.coefficients[0]
+        found_5N = np.zeros((5, num_steps))
+        step_N1 = np.arange(first_step, first_step + num_steps)[:, None]
+        homes_NB = ((np.arange(batch_size) + step_N1) % num_gpus).astype(np.int32)
+        nowhere_NB = np.full_like(homes_NB, -1)
+        for layer, copies in enumerate(self.copies):
+            experts_NBK = self._experts(tokens_NB, layer)
+            holds_EG = (copies[:, :, None] == np.arange(num_gpus)).any(axis=1)
+            rule_homes_NB = homes_NB if self.keeps_home else nowhere_NB
+            counts_NE, distinct_N = count_pairs(experts_NBK, rule_homes_NB, holds_EG)
+            chosen_NE = level_dispatch_steps(counts_NE, copies, num_gpus, self.plan.dispatch.split_above_tokens)
+            gpus_NBK, active_NG, pairs_NG = place_pairs(
+                experts_NBK, rule_homes_NB, holds_EG, copies, counts_NE, chosen_NE
+            )
+            found_5N[0] += expert_us(active_NG, pairs_NG, coefficients)
+            found_5N[2] += active_NG.max(axis=1) / -(-distinct_N // num_gpus) / self.plan.num_layers
+            self._add_exchange(found_5N, gpus_NBK, homes_NB)
+            if self.exchange == "coherent":
+                homes_NB = np.ascontiguousarray(gpus_NBK[:, :, 0])
+            if counter is not None:
+                counter.add_layer(gpus_NBK.reshape(-1, gpus_NBK.shape[2]))
+        return found_5N
+
+    def _add_exchange(
+        self, found_5N: NDArray[np.float64], gpus_NBK: NDArray[np.int32], homes_NB: NDArray[np.int32]
+    ) -> None:
+        """Add one layer's exchanges: their time, and their bytes by link class."""
+        from placement.replay_kernel import count_rows
+
+        _, batch_size, top_k = gpus_NBK.shape
+        hidden = self.cluster.coefficients[0].hidden_state_bytes
+        if self.plan.num_gpus == 1:
+            return
+        if self.exchange == "allreduce":
+            found_5N[1] += allreduce_us(self.cluster, batch_size, hidden)
+            found_5N[3:] += np.array(allreduce_bytes(self.cluster, batch_size, hidden))[:, None]
+            return
+        returns_NB = np.ascontiguousarray(gpus_NBK[:, :, 0]) if self.exchange == "coherent" else homes_NB
+        busiest_NXC, rows_NC = count_rows(
+            gpus_NBK, homes_NB, returns_NB, self.plan.num_gpus, self.cluster.gpus_per_node
+        )
+        for exchange in range(2):
+            found_5N[1] += traffic_us(self.cluster, busiest_NXC[:, exchange], hidden)
+        found_5N[1] += gather_routes_us(self.cluster, batch_size, top_k)
+        found_5N[3:] += rows_NC.T * hidden
+
+    def _experts(self, tokens: NDArray[np.integer], layer: int) -> NDArray[np.int32]:
+        """Experts of one layer and some tokens, [..., K]."""
+        return self.experts_LTK[layer].take(tokens, axis=0).astype(np.int32)
+
+    def _token_sums(self, sums_S4: NDArray[np.int64]) -> TokenSums:
+        tokens, gpus, pairs_kept, top1_kept = sums_S4.T
+        return TokenSums(tokens, gpus, pairs_kept, top1_kept, self.plan.num_layers, self.experts_LTK.shape[2])
 
 
-def _count_experts(experts_NBK: NDArray[np.integer], size: int) -> NDArray[np.int64]:
-    """Token–expert pairs per step and expert (or GPU): [N, size]."""
-    num_steps = len(experts_NBK)
-    keys = np.arange(num_steps)[:, None] * size + experts_NBK.reshape(num_steps, -1)
-    return np.bincount(keys.ravel(), minlength=num_steps * size).reshape(num_steps, size)
+class _TokenCounter:
+    """Counts every token's distinct GPUs, and the pairs that stay on a GPU from layer to layer."""
 
+    def __init__(self, num_gpus: int, num_tokens: int) -> None:
+        self.num_gpus = num_gpus
+        self.found_T3 = np.zeros((num_tokens, 3), dtype=np.int64)
+        self.previous_TK: NDArray[np.int32] | None = None
 
-def _pair_gpus(
-    experts_NBK: NDArray[np.integer],
-    counts_NE: NDArray[np.integer],
-    chosen_NE: NDArray[np.integer],
-    copies: NDArray[np.integer],
-) -> NDArray[np.int32]:
-    """GPU of every token–expert pair, [N, B, K]; a split expert's pairs go to its copies in equal runs."""
-    flat: NDArray[np.intp] = experts_NBK.reshape(len(experts_NBK), -1).astype(np.intp)
-    gpus = np.take_along_axis(chosen_NE, flat, axis=1).astype(np.int32)
-    for expert in np.flatnonzero((chosen_NE == SPLIT).any(axis=0)):
-        rows = np.flatnonzero(chosen_NE[:, expert] == SPLIT)
-        mine = flat[rows] == expert
-        rank = np.cumsum(mine, axis=1) - 1
-        holders = copies[expert][copies[expert] >= 0]
-        target = holders[(rank * len(holders) // counts_NE[rows, expert][:, None]) * mine]
-        gpus[rows] = np.where(mine, target, gpus[rows])
-    shaped: NDArray[np.int32] = gpus.reshape(experts_NBK.shape)
-    return shaped
+    def add_layer(self, gpus_TK: NDArray[np.int32]) -> None:
+        """Add a layer, from the GPU of every pair."""
+        from placement.replay_kernel import count_tokens
 
+        before = np.empty((0, gpus_TK.shape[1]), dtype=np.int32) if self.previous_TK is None else self.previous_TK
+        self.found_T3 += count_tokens(gpus_TK, before, self.num_gpus)
+        self.previous_TK = gpus_TK
 
-def _active_per_gpu(chosen_NE: NDArray[np.integer], copies: NDArray[np.integer], num_gpus: int) -> NDArray[np.int64]:
-    """Active experts per step and GPU, [N, G]; a split expert is active on every GPU with a copy."""
-    num_steps = len(chosen_NE)
-    step, expert = np.nonzero(chosen_NE >= 0)
-    keys = step * num_gpus + chosen_NE[step, expert]
-    active = np.bincount(keys, minlength=num_steps * num_gpus).reshape(num_steps, num_gpus)
-    holds = np.zeros((len(copies), num_gpus), dtype=np.int64)
-    for expert_id, gpus in enumerate(copies):
-        holds[expert_id, gpus[gpus >= 0]] = 1
-    return active + (chosen_NE == SPLIT).astype(np.int64) @ holds
-
-
-def _exchange_us(
-    plan: PlacementPlan, cluster: Cluster, gpus_NBK: NDArray[np.integer], home_NB: NDArray[np.integer]
-) -> float:
-    """Time of one layer's exchanges, summed over steps.
-
-    ``alltoall``: token i lives on GPU i mod G; its hidden state goes once to every other GPU that serves it, and comes
-    back. ``coherent``: it lives where its first choice of the layer before was served, and the results meet where its
-    first choice of this layer is. Both first gather the routes.
-    """
-    num_steps, batch_size, top_k = gpus_NBK.shape
-    hidden = cluster.coefficients[0].hidden_state_bytes
-    if plan.num_gpus == 1:
-        return 0.0
-    if plan.workload.exchange == "allreduce":
-        return num_steps * allreduce_us(cluster, batch_size, hidden)
-    serves_NBG = (gpus_NBK[..., None] == np.arange(plan.num_gpus)).any(axis=2)
-    dispatch_NGG = _rows_between(home_NB, serves_NBG)
-    returns_to = gpus_NBK[:, :, 0] if plan.workload.exchange == "coherent" else home_NB
-    combine_NGG = _rows_between(returns_to, serves_NBG).swapaxes(1, 2)
-    exchanges = traffic_us(cluster, dispatch_NGG, hidden) + traffic_us(cluster, combine_NGG, hidden)
-    return float(exchanges.sum()) + num_steps * gather_routes_us(cluster, batch_size, top_k)
-
-
-def _rows_between(home_NB: NDArray[np.integer], serves_NBG: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Hidden states between each home GPU and each serving GPU, [N, G, G]."""
-    num_gpus = serves_NBG.shape[2]
-    lives_NBG = home_NB[..., None] == np.arange(num_gpus)
-    rows = np.matmul(lives_NBG.swapaxes(1, 2).astype(np.float32), serves_NBG.astype(np.float32))
-    return rows.astype(np.int64)
-
-
-def _count_tokens(
-    gpus_TK: NDArray[np.integer],
-    num_gpus: int,
-    previous: tuple[NDArray[np.int16], NDArray[np.integer]] | None,
-    sums: _Sums,
-) -> tuple[NDArray[np.int16], NDArray[np.integer]]:
-    """Add a layer's distinct GPUs, and the pairs kept since the layer before; what the next layer needs of this one."""
-    choices_TG = (gpus_TK[:, :, None] == np.arange(num_gpus)).sum(axis=1, dtype=np.int16)
-    sums.gpus += int((choices_TG > 0).sum())
-    if previous is not None:
-        sums.pairs_kept += int((choices_TG * previous[0]).sum(dtype=np.int64))
-        sums.top1_kept += int((gpus_TK[:, 0] == previous[1]).sum())
-    return choices_TG, gpus_TK[:, 0]
-
-
-def _means(steps: _Sums, tokens: _Sums, layers_and_choices: tuple[int, ...]) -> BatchMetrics:
-    """Means from the sums over steps and those over tokens."""
-    num_layers, top_k = layers_and_choices
-    transitions = tokens.tokens * (num_layers - 1)
-    return BatchMetrics(
-        step_us=(steps.expert_us + steps.exchange_us) / steps.steps,
-        active_ratio=steps.active_ratio / (steps.steps * num_layers),
-        gpus_per_token=tokens.gpus / (tokens.tokens * num_layers),
-        pair_locality=tokens.pairs_kept / (transitions * top_k**2) if transitions else 1.0,
-        top1_transition_locality=tokens.top1_kept / transitions if transitions else 1.0,
-        expert_us=steps.expert_us / steps.steps,
-        exchange_us=steps.exchange_us / steps.steps,
-    )
+    def by_group(self, groups_T: NDArray[np.integer], num_groups: int) -> NDArray[np.int64]:
+        """Tokens and the three sums of each group: [S, 4]."""
+        columns = [np.bincount(groups_T, column, num_groups) for column in self.found_T3.T]
+        return np.stack([np.bincount(groups_T, minlength=num_groups), *columns], axis=1).astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,16 +20,25 @@ FORMAT = "placement-plan"
 VERSION = 1
 
 Exchange = Literal["allreduce", "alltoall", "coherent"]
-Phase = Literal["decode", "prefill"]
+Phase = Literal["decode", "prefill", "mixed"]
+DispatchRule = Literal["level", "nearest"]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is served: the phase, tokens per step, and how ranks exchange hidden states."""
+    """What is served: the phase, tokens per step, and how ranks exchange hidden states.
+
+    Attributes:
+        phase: of all steps, or ``mixed``.
+        batch_sizes: tokens per step.
+        exchange: how ranks exchange hidden states.
+        shares: of the steps that have these batch sizes, in any unit; None for equal shares.
+    """
 
     phase: Phase = "decode"
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     exchange: Exchange = "allreduce"
+    shares: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.phase not in get_args(Phase):
@@ -37,18 +47,28 @@ class Workload:
             raise PlanError(f"exchange {self.exchange!r}: expected one of {list(get_args(Exchange))}")
         if not self.batch_sizes or not all(is_int(size) and size > 0 for size in self.batch_sizes):
             raise PlanError(f"batch_sizes {list(self.batch_sizes)}: expected at least one, all integers above 0")
+        shares = self.shares
+        if shares is not None and (
+            not isinstance(shares, tuple) or len(shares) != len(self.batch_sizes) or not all(map(_is_share, shares))
+        ):
+            raise PlanError(f"workload shares {shares!r}: expected null or a number above 0 per batch size")
+
+    def steps(self) -> list[tuple[int, float]]:
+        """Batch sizes and their shares of all steps; the shares sum to 1."""
+        shares = self.shares or (1.0,) * len(self.batch_sizes)
+        return [(size, share / sum(shares)) for size, share in zip(self.batch_sizes, shares, strict=True)]
 
 
 @dataclass(frozen=True)
 class Dispatch:
     """The rule that chooses among copies; see ``placement.dispatch``."""
 
-    rule: str = "level"
+    rule: DispatchRule = "level"
     split_above_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.rule != "level":
-            raise PlanError(f"dispatch rule {self.rule!r}: this version knows only 'level'")
+        if self.rule not in get_args(DispatchRule):
+            raise PlanError(f"dispatch rule {self.rule!r}: expected one of {list(get_args(DispatchRule))}")
         limit = self.split_above_tokens
         if limit is not None and (not is_int(limit) or limit < 0):
             raise PlanError(f"split_above_tokens {limit!r}: expected null or an integer of at least 0")
@@ -66,6 +86,7 @@ class PlacementPlan:
         slots: ``slots[layer][gpu]``, logical expert ids; an expert on several GPUs has copies.
         cluster: the cluster description the plan was made for (see ``placement.cluster``); may be empty.
         predicted, solver, trace: what was predicted, how it was found, and from what; informative only.
+        migration: copies to transfer from the plan that was running (see ``placement.migration``); may be empty.
 
     Raises:
         PlanError: any field contradicts another or is out of range.
@@ -85,6 +106,7 @@ class PlacementPlan:
     predicted: Mapping[str, Any] = field(default_factory=dict)
     solver: Mapping[str, Any] = field(default_factory=dict)
     trace: Mapping[str, Any] = field(default_factory=dict)
+    migration: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value in (("num_experts", self.num_experts), ("top_k", self.top_k)):
@@ -156,7 +178,7 @@ class PlacementPlan:
             raise PlanError(f"version {document.get('version')!r}: this program reads version {VERSION}; solve again")
         workload = _section(document, "workload")
         dispatch = _section(document, "dispatch")
-        sizes = workload.get("batch_sizes", [1])
+        sizes, shares = workload.get("batch_sizes", [1]), workload.get("shares")
         return cls(
             model=_text(document, "model"),
             model_fingerprint=_text(document, "model_fingerprint") if document.get("model_fingerprint") else None,
@@ -169,6 +191,7 @@ class PlacementPlan:
                 phase=workload.get("phase", "decode"),
                 batch_sizes=tuple(_list(sizes, "batch_sizes")),
                 exchange=workload.get("exchange", "allreduce"),
+                shares=None if shares is None else tuple(_list(shares, "shares")),
             ),
             dispatch=Dispatch(dispatch.get("rule", "level"), dispatch.get("split_above_tokens")),
             strategy=str(document.get("strategy", "")),
@@ -176,13 +199,14 @@ class PlacementPlan:
             predicted=_section(document, "predicted"),
             solver=_section(document, "solver"),
             trace=_section(document, "trace"),
+            migration=_section(document, "migration"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The document that ``save`` writes: plain dictionaries and lists, keys in the order of the format."""
         fields = asdict(self)
         order = ["model", "model_fingerprint", "num_experts", "top_k", "layer_ids", "cluster", "workload", "slots"]
-        order += ["dispatch", "strategy", "objective", "predicted", "solver", "trace"]
+        order += ["dispatch", "strategy", "objective", "predicted", "solver", "trace", "migration"]
         document = {"format": FORMAT, "version": VERSION} | {name: fields[name] for name in order}
         plain: dict[str, Any] = json.loads(json.dumps(document))
         return plain
@@ -213,6 +237,10 @@ class PlacementPlan:
                 f"the plan's model fingerprint {self.model_fingerprint[:12]}… differs from the model's "
                 f"{fingerprint[:12]}…; {remedy}"
             )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _required(document: Mapping[str, Any], key: str) -> Any:

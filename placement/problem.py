@@ -6,24 +6,35 @@ Shape suffixes: L layers, E experts, G GPUs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from placement.checks import check_routes, check_running, check_statistics
 from placement.cluster import Cluster
 from placement.errors import ProblemError
 from placement.metrics import even_locality, layer_loads
-from placement.slots import Slots, even_slots, is_int
+from placement.plan import Dispatch, Workload
+from placement.slots import Slots, is_int
 from profiler.statistics import RoutingStatistics
 
-ObjectiveName = Literal["locality", "balance"]
+if TYPE_CHECKING:
+    from placement.sampled_steps import SampledSteps
+
+#: Called with one line now and then.
+Progress = Callable[[str], None]
+
+ObjectiveName = Literal["step_time", "locality", "balance"]
 Pairs = Literal["all", "top1"]
 Backend = Literal["auto", "highs", "cbc"]
 
+#: Of the steps that ``step_time`` is estimated on, the same for every strategy.
+SAMPLE_SEED = 1
 #: Loads are sums of shares 1/copies: a bound holds up to this relative rounding error.
 LOAD_TOLERANCE = 1e-9
 
@@ -33,8 +44,9 @@ class Objective:
     """What to optimise.
 
     Attributes:
-        name: ``locality`` maximises the share of transitions between adjacent layers that stay on a GPU, copies
-            sharing an expert's tokens evenly; ``balance`` minimises the mean over layers of the busiest GPU's load.
+        name: ``step_time`` minimises the expected time of the workload's steps on the cluster, in µs; ``locality``
+            maximises the share of transitions between adjacent layers that stay on a GPU, copies sharing an expert's
+            tokens evenly; ``balance`` minimises the mean over layers of the busiest GPU's load.
         pairs: count all K×K choices of adjacent layers and all K choices as load, or first choices alone.
         max_load: with ``locality``, bound on every layer's busiest GPU / mean GPU; None for none.
     """
@@ -51,8 +63,8 @@ class Objective:
         bound = self.max_load
         if bound is None:
             return
-        if self.name == "balance":
-            raise ProblemError("objective balance takes no max_load: it already finds the least; remove max_load")
+        if self.name != "locality":
+            raise ProblemError(f"objective {self.name} takes no max_load: it weighs loads itself; remove max_load")
         if isinstance(bound, bool) or not isinstance(bound, int | float) or not math.isfinite(bound) or bound < 1:
             raise ProblemError(f"objective.max_load {bound!r}: expected null or a number of at least 1 (1.0 is even)")
 
@@ -68,16 +80,18 @@ class SolverSettings:
 
     Attributes:
         seed: of everything random.
-        time_limit_s: for all integer programs of one solve together; the rest takes a time set by the problem's size.
+        time_limit_s: of one solve.
         backend: ``highs``, ``cbc``, or ``auto`` (HiGHS where installed, else CBC).
         threads: of the integer programs; with 1 they are deterministic as long as no time limit is hit.
-        search_rounds: rounds of the annealing search.
+        workers: layers searched side by side under ``step_time``; the plan does not depend on it.
+        search_rounds: how long searches go on where no time limit ends them.
     """
 
     seed: int = 0
     time_limit_s: float = 60.0
     backend: Backend = "auto"
     threads: int = 1
+    workers: int = 2
     search_rounds: int = 600
 
     def __post_init__(self) -> None:
@@ -86,6 +100,7 @@ class SolverSettings:
         for name, value, least in (
             ("seed", self.seed, 0),
             ("threads", self.threads, 1),
+            ("workers", self.workers, 1),
             ("search_rounds", self.search_rounds, 1),
         ):
             if not is_int(value) or value < least:
@@ -103,16 +118,31 @@ class PlacementProblem:
         statistics: counts over the tokens to solve on.
         slots_per_gpu: slots of each GPU in every layer, in all at least E.
         objective: what to optimise.
+        cluster: its topology, links and coefficients; None where only counts matter (then one node is assumed).
+        routes: [T, L, K], the tokens solved on, for objectives that replay them; None where only counts are known.
+        sequences: int [T], the sequence of each of these tokens; None where unknown.
+        workload, dispatch: what is served, and by which rule copies are chosen.
+        running: slots of a plan that is being served, to start from; None to start anew.
+        max_moves: copies of experts that may be moved from ``running``; None for any number.
 
     Raises:
-        ProblemError: there are fewer slots than experts, or counts are negative.
+        ProblemError: there are fewer slots than experts; counts are negative, no integers, or of shapes that do not
+            belong together; locality is asked of counts alone; or cluster, routes or running plan do not fit.
     """
 
     statistics: RoutingStatistics
     slots_per_gpu: tuple[int, ...]
     objective: Objective
+    cluster: Cluster | None = None
+    routes: NDArray[np.integer] | None = None
+    sequences: NDArray[np.integer] | None = None
+    workload: Workload = field(default_factory=Workload)
+    dispatch: Dispatch = field(default_factory=Dispatch)
+    running: Slots | None = None
+    max_moves: int | None = None
 
     def __post_init__(self) -> None:
+        check_statistics(self.statistics)
         if not self.slots_per_gpu or any(not is_int(slots) or slots < 0 for slots in self.slots_per_gpu):
             raise ProblemError(f"slots_per_gpu {list(self.slots_per_gpu)}: expected an integer of at least 0 per GPU")
         if sum(self.slots_per_gpu) < self.num_experts:
@@ -124,9 +154,28 @@ class PlacementProblem:
             raise ProblemError(
                 f"slots_per_gpu {max(self.slots_per_gpu)}: expected at most {self.num_experts}, the number of experts"
             )
-        for counts in (self.loads, self.transitions):
-            if counts.size and counts.min() < 0:
-                raise ProblemError(f"the statistics hold a negative count ({counts.min()}): record the trace again")
+        if self.cluster is not None and self.cluster.num_gpus != self.num_gpus:
+            raise ProblemError(
+                f"slots_per_gpu is for {self.num_gpus} GPUs, cluster {self.cluster.name} has {self.cluster.num_gpus}: "
+                "give one number of slots per GPU of the cluster"
+            )
+        if self.objective.name == "locality":
+            self.require_affinity("objective locality")
+        if self.routes is not None:
+            check_routes(self.routes, self.num_layers, self.num_experts)
+        check_running(self.running, self.max_moves, self.num_layers, self.num_experts, self.slots_per_gpu)
+
+    def require_affinity(self, what: str) -> None:
+        """Refuse counts alone, on behalf of ``what`` (for example ``strategy exflow``).
+
+        Raises:
+            ProblemError: the statistics tell popularity alone.
+        """
+        if len(self.statistics.affinity) != self.num_layers - 1:
+            raise ProblemError(
+                f"{what} needs transitions between layers, the statistics are counts alone: record a trace with "
+                "`profiler trace`, or take strategy=eplb or objective=balance"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -143,6 +192,11 @@ class PlacementProblem:
         """G."""
         return len(self.slots_per_gpu)
 
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that share the fast links; all of them where no cluster is given."""
+        return self.num_gpus if self.cluster is None else self.cluster.gpus_per_node
+
     @cached_property
     def loads(self) -> NDArray[np.int64]:
         """Token–expert pairs that count as load, int64 [L, E]."""
@@ -151,8 +205,10 @@ class PlacementProblem:
 
     @cached_property
     def transitions(self) -> NDArray[np.int64]:
-        """Transitions between experts of adjacent layers that count, int64 [L-1, E, E]."""
-        return self.statistics.affinity if self.objective.pairs == "all" else self.statistics.top1_affinity
+        """Transitions between experts of adjacent layers that count, int64 [L-1, E, E]; none where unknown."""
+        counts = self.statistics.affinity if self.objective.pairs == "all" else self.statistics.top1_affinity
+        shape = (self.num_layers - 1, self.num_experts, self.num_experts)
+        return counts if counts.shape == shape else np.zeros(shape, dtype=np.int64)
 
     @cached_property
     def load_limits(self) -> NDArray[np.float64] | None:
@@ -161,8 +217,34 @@ class PlacementProblem:
             return None
         return self.loads.sum(axis=1) / self.num_gpus * self.objective.max_load * (1 + LOAD_TOLERANCE)
 
+    @cached_property
+    def sampled_steps(self) -> SampledSteps:
+        """Steps drawn from the routes, for the objective ``step_time``.
+
+        Raises:
+            ProblemError: there are no routes, or the cluster has no coefficients.
+        """
+        from placement.sampled_steps import SampledSteps  # compiles loops: only where it is needed
+
+        if self.routes is None:
+            raise ProblemError(
+                "objective step_time needs every token's routes, this input has counts alone: trace the model"
+            )
+        if self.cluster is None or not self.cluster.coefficients:
+            raise ProblemError(
+                "objective step_time needs a cluster with coefficients: give cluster=, for example h200x4"
+            )
+        if self.dispatch.rule != "level":
+            raise ProblemError(f"objective step_time plans for dispatch.rule level, not {self.dispatch.rule}")
+        split_above = self.dispatch.split_above_tokens
+        return SampledSteps(
+            self.routes, self.num_experts, self.cluster, self.workload, split_above, SAMPLE_SEED, self.sequences
+        )
+
     def value(self, slots: Slots) -> float:
-        """The objective's value: locality in [0, 1] (higher is better) or mean busiest load (lower is better)."""
+        """The objective's value: locality in [0, 1] (higher is better), mean busiest load or µs (lower is better)."""
+        if self.objective.name == "step_time":
+            return self.sampled_steps.value(slots)
         if self.objective.name == "locality":
             return even_locality(slots, self.transitions)
         return float(layer_loads(slots, self.loads).mean())
@@ -198,46 +280,29 @@ class Solution:
     optimal: bool
     notes: tuple[str, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        problem: PlacementProblem,
+        slots: Slots,
+        name: str,
+        started: float,
+        bound: float | None = None,
+        notes: Sequence[str] = (),
+    ) -> Solution:
+        """A solution with its value, gap and time; a placement that breaks the load bound is noted.
 
-def slot_budget(
-    cluster: Cluster,
-    num_experts: int,
-    num_layers: int,
-    slots_per_gpu: int | Sequence[int] | None,
-    expert_bytes: int | None,
-) -> tuple[int, ...]:
-    """Slots of each GPU and layer, checked against the memory of each GPU.
-
-    Args:
-        cluster: its GPUs and their memory for experts.
-        num_experts, num_layers: E, L.
-        slots_per_gpu: None for exactly one copy of each expert, one number for all GPUs, or one per GPU.
-        expert_bytes: bytes of one expert in one layer, or None where unknown (then memory is not checked).
-
-    Raises:
-        ProblemError: a wrong number of entries, or more slots than a GPU's memory holds.
-    """
-    num_gpus = cluster.num_gpus
-    budget: list[int]
-    if slots_per_gpu is None:
-        budget = even_slots(num_experts, num_gpus)
-    elif is_int(slots_per_gpu):
-        budget = [slots_per_gpu] * num_gpus
-    else:
-        budget = list(slots_per_gpu) if isinstance(slots_per_gpu, list | tuple) else []
-        if len(budget) != num_gpus:
-            raise ProblemError(
-                f"slots_per_gpu {slots_per_gpu!r}: expected null, an integer, or a list of {num_gpus}, one per GPU"
-            )
-    for gpu, (slots, memory) in enumerate(zip(budget, cluster.expert_memory_bytes, strict=True)):
-        if expert_bytes is None or not is_int(slots):
-            continue
-        slot_bytes = expert_bytes * num_layers
-        if slots * slot_bytes > memory:
-            raise ProblemError(
-                f"GPU {gpu} has {memory:.4g} bytes for experts, room for {memory // slot_bytes:.0f} slots; "
-                f"{slots} slots in {num_layers} layers need {slots * slot_bytes:.4g} bytes, and one copy of each "
-                f"expert takes {num_experts} slots over all GPUs: give fewer slots_per_gpu, more "
-                "cluster.expert_memory_bytes, or more GPUs"
-            )
-    return tuple(budget)
+        Args:
+            problem: what was solved.
+            slots: the placement found.
+            name: of the strategy.
+            started: ``time.perf_counter()`` when it began.
+            bound: on the problem's value, or None.
+            notes: remarks.
+        """
+        value = problem.value(slots)
+        gap = None if bound is None else abs(bound - value) / max(abs(value), 1e-12)
+        if not problem.within_load_bound(slots):
+            notes = [*notes, f"{name} does not keep to max_load"]
+        seconds = time.perf_counter() - started
+        return cls(slots, value, bound, gap, seconds, name, gap is not None and gap <= 1e-9, tuple(notes))

@@ -1,24 +1,27 @@
-"""What the command line shows: tables and a plot of judged plans."""
+"""What the command line shows: tables of judged plans."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
+from dataclasses import asdict
+from itertools import groupby
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from placement.atomic import write_atomically
-from placement.errors import ProblemError
+from placement.bootstrap import Interval
+from placement.cluster import Cluster
+from placement.comparison import ComparedPlan
+from placement.held_out import HeldOutSplit
 from placement.metrics import Metrics
 from placement.problem import Objective, Solution
+from placement.settings import CompareSettings
+from placement.uncertainty import Fastest, fastest
 
-PLOT_SUFFIXES = (".png", ".svg", ".pdf")
-#: Points closer than this share of the plot's range, in both directions, count as one.
-COINCIDE = 0.02
+#: Step times from here on are printed in whole microseconds.
+LONG_STEP_US = 10_000.0
 
 LEGEND = (
     "load: busiest GPU / mean; active: busiest GPU's active experts / even share; "
@@ -52,71 +55,117 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def print_comparison(
+    console: Console, cluster: Cluster, rows: Sequence[ComparedPlan], settings: CompareSettings, slots_per_layer: int
+) -> None:
+    """Two tables for each kind of held-out tokens, one row per plan, and which plan is fastest.
+
+    Half-widths of the 95% intervals are shown where the console is wide enough for them.
+
+    Args:
+        console: to print on.
+        cluster: that plans were judged on.
+        rows: of ``compare_strategies``.
+        settings: they were made with.
+        slots_per_layer: the budget, over all GPUs.
+    """
+    for _, block in groupby(rows, key=lambda row: row.split.held_out):
+        split_rows = list(block)
+        judged = [row for row in split_rows if row.metrics is not None]
+        print_lines(console, [_split_title(split_rows[0].split, cluster.name)])
+        for build in (_placement_table, _steps_table) if judged else ():
+            table = build(judged, True)
+            wide = console.options.update(width=10 * console.width)
+            fits = console.measure(table, options=wide).maximum <= console.width
+            console.print(table if fits else build(judged, False))
+        print_lines(console, [f"{row.name}: {remark}" for row in split_rows for remark in row.remarks])
+        metrics = {row.name: row.metrics for row in judged if row.metrics is not None}
+        print_lines(console, [*_describe_leads(metrics, settings), ""])
+    legend = f"{LEGEND}; copies: beyond the first of each expert, over all layers, of {slots_per_layer} slots per layer"
+    print_lines(console, [f"{legend}; ±: half a 95% interval; localities and GPUs per token: at the largest B"])
+
+
+def _split_title(split: HeldOutSplit, cluster: str) -> str:
+    solved, judged = int(split.solve_T.sum()), int(split.judge_T.sum())
+    return (
+        f"Held-out {split.held_out} on {cluster}: solved on {split.solved_on} ({solved} tokens), "
+        f"judged on {split.judged_on} ({judged} tokens)"
+    )
+
+
+def _placement_table(rows: Sequence[ComparedPlan], with_intervals: bool) -> Table:
+    """Loads stand without ±: their intervals are not symmetric (see ``placement.bootstrap``)."""
+    names = ("pair_locality", "top1_transition_locality", "gpus_per_token")
+    heads = ("pair\nlocality", "top-1\nlocality", "GPUs per\ntoken")
+    table = _table("load\nmean", "load\nmax", *heads, "copies", "solved\nin s")
+    for row in rows:
+        assert row.metrics is not None
+        size = max(row.metrics.by_batch_size)
+        loads = [f"{load:.3f}" for load in (row.metrics.load_mean, row.metrics.load_max)]
+        figures = asdict(row.metrics.by_batch_size[size])
+        intervals = row.uncertainty[size].intervals
+        cells = [_figure(figures[name], intervals[name] if with_intervals else None, 3) for name in names]
+        seconds = "" if row.solution is None else f"{row.solution.seconds:.1f}"
+        table.add_row(escape(row.name), *loads, *cells, str(row.copies), seconds)
+    return table
+
+
+def _steps_table(rows: Sequence[ComparedPlan], with_intervals: bool) -> Table:
+    sizes = list(rows[0].uncertainty)
+    table = _table(*(f"active\nB={size}" for size in sizes), *(f"µs\nB={size}" for size in sizes))
+    for row in rows:
+        assert row.metrics is not None
+        cells = [f"{row.metrics.by_batch_size[size].active_ratio:.3f}" for size in sizes]
+        for size in sizes:
+            interval = row.uncertainty[size].intervals["step_us"] if with_intervals else None
+            step_us = row.metrics.by_batch_size[size].step_us
+            cells.append(_figure(step_us, interval, 0 if step_us >= LONG_STEP_US else 1))
+        table.add_row(escape(row.name), *cells)
+    return table
+
+
+def _figure(value: float, interval: Interval | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if interval is None else f" ±{interval.half_width:.{digits}f}")
+
+
+def _describe_leads(judged: Mapping[str, Metrics], settings: CompareSettings) -> list[str]:
+    """Which plan is fastest at each batch size and by how much, and over the workload's mix of them."""
+    if not judged:
+        return []
+    steps = settings.workload.steps()
+    lines = [_describe_lead(fastest(judged, size, settings.judge)) for size, _ in steps]
+    if len(steps) > 1:
+        means = {
+            name: sum(share * metrics.by_batch_size[size].step_us for size, share in steps)
+            for name, metrics in judged.items()
+        }
+        least = min(means, key=lambda name: means[name])
+        lines.append(f"fastest over the workload's mix of these: {least}, {means[least]:.1f} µs")
+    return lines
+
+
+def _describe_lead(lead: Fastest) -> str:
+    line = f"fastest at B={lead.batch_size}: {' = '.join(lead.plans)}"
+    if lead.next_plan is None:
+        return line
+    ends = "" if lead.interval is None else f"; 95% interval {lead.interval.low:.1f} to {lead.interval.high:.1f} µs"
+    return f"{line}, {lead.ahead_us:.1f} µs before {lead.next_plan} ({100 * lead.ahead:.2f}%{ends})"
+
+
 def describe_solution(objective: Objective, solution: Solution) -> str:
     """One line: value, bound and gap on the tokens solved on."""
-    what = "locality" if objective.name == "locality" else "mean busiest load"
+    what, unit = {
+        "step_time": ("expected step time", " µs"),
+        "locality": ("locality", ""),
+        "balance": ("mean busiest load", ""),
+    }[objective.name]
     if solution.optimal:
         proof = "proven optimal"
     elif solution.bound is None or solution.gap is None:
         proof = "no bound known"
     else:
         proof = f"bound {solution.bound:.4f}, gap {100 * solution.gap:.2f}%"
-    return f"{what} {solution.value:.4f} on the tokens solved on, {proof}, {solution.seconds:.1f} s"
-
-
-def check_plot(path: Path) -> None:
-    """Refuse a plot whose suffix names no image format, before long work.
-
-    Raises:
-        ProblemError: the suffix is another than those of ``PLOT_SUFFIXES``.
-    """
-    if path.suffix not in PLOT_SUFFIXES:
-        raise ProblemError(f"plot {path}: expected a file name that ends in {', '.join(PLOT_SUFFIXES)}")
-
-
-def plot_comparison(path: Path, rows: Mapping[str, Metrics]) -> None:
-    """Locality against balance, one point per plan, written as an image.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    points = {name: (m.load_mean, list(m.by_batch_size.values())[-1].pair_locality) for name, m in rows.items()}
-    for point in points.values():
-        axes.scatter(*point)
-    middle = (min(x for x, _ in points.values()) + max(x for x, _ in points.values())) / 2
-    for label, point in merge_labels(points):  # written towards the middle, so that long ones stay inside
-        right = point[0] > middle
-        place = {"xytext": (-5 if right else 5, 5), "ha": "right" if right else "left"}
-        axes.annotate(label, point, textcoords="offset points", **place)
-    axes.set_xlabel("load of the busiest GPU / mean (mean over layers, 1 is even)")
-    axes.set_ylabel("pair locality (share of transitions that stay on a GPU)")
-    axes.set_title("Locality against balance on held-out tokens")
-    axes.margins(0.2)
-    image = BytesIO()
-    figure.savefig(image, format=path.suffix[1:])
-    pyplot.close(figure)
-    write_atomically(path, image.getvalue())
-
-
-def merge_labels(points: Mapping[str, tuple[float, float]]) -> list[tuple[str, tuple[float, float]]]:
-    """One label per place: plans that stand (almost) on one point share a label, ``a = b``, or they would overlap."""
-    xs, ys = zip(*points.values(), strict=True)
-    near_x, near_y = (COINCIDE * (max(values) - min(values)) for values in (xs, ys))
-    merged: list[tuple[str, tuple[float, float]]] = []
-    for name, (x, y) in points.items():
-        for index, (label, (at_x, at_y)) in enumerate(merged):
-            if abs(x - at_x) <= near_x and abs(y - at_y) <= near_y:
-                merged[index] = (f"{label} = {name}", (at_x, at_y))
-                break
-        else:
-            merged.append((name, (x, y)))
-    return merged
+    return f"{what} {solution.value:.4f}{unit} on the tokens solved on, {proof}, {solution.seconds:.1f} s"
 
 
 def print_lines(console: Console, lines: Sequence[str]) -> None:

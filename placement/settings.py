@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from placement.cluster import Cluster
 from placement.errors import ClusterError, ProblemError
+from placement.held_out import HeldOut
+from placement.memory import MemoryBudget, SlotRequest
 from placement.plan import Dispatch, PlacementPlan, Workload
-from placement.problem import Objective, Pairs, SolverSettings
+from placement.problem import Objective, ObjectiveName, Pairs, SolverSettings
 from placement.slots import is_int
 
 T = TypeVar("T")
 
+#: Rows of ``compare`` by name: the strategy and the objective it is given. Baselines have goals of their own and take
+#: the objective for their value alone. ``bounded_locality`` keeps to ``max_load``.
+COMPARED: dict[str, tuple[str, ObjectiveName]] = {
+    "contiguous": ("contiguous", "locality"),
+    "random": ("random", "locality"),
+    "eplb": ("eplb", "locality"),
+    "eplb_hierarchical": ("eplb_hierarchical", "locality"),
+    "lina": ("lina", "locality"),
+    "exflow": ("exflow", "locality"),
+    "moetuner": ("moetuner", "locality"),
+    "locality": ("ilp", "locality"),
+    "bounded_locality": ("ilp", "locality"),
+    "balance": ("ilp", "balance"),
+    "step_time": ("step_time", "step_time"),
+}
+#: Fewer resamples have nothing between the ends of a 95% interval and their own ends.
+LEAST_RESAMPLES = 40
+
 
 @dataclass(frozen=True)
 class Judge:
-    """How plans are judged: steps drawn per batch size, and the seed of the draw."""
+    """How plans are judged.
+
+    Attributes:
+        batches: steps drawn per batch size.
+        seed: of the draw of steps, and of resamples.
+        resamples: for bootstrap intervals, where there are any.
+    """
 
     batches: int = 2000
     seed: int = 0
+    resamples: int = 1000
 
     def __post_init__(self) -> None:
-        if not is_int(self.batches) or self.batches < 1 or not is_int(self.seed) or self.seed < 0:
+        for name, value, least in (("batches", self.batches, 1), ("seed", self.seed, 0)):
+            if not is_int(value) or value < least:
+                raise ProblemError(f"judge.{name} {value!r}: expected an integer of at least {least}")
+        if not is_int(self.resamples) or self.resamples < LEAST_RESAMPLES:
             raise ProblemError(
-                f"judge.batches {self.batches!r}, judge.seed {self.seed!r}: expected integers of at least 1 and 0"
+                f"judge.resamples {self.resamples!r}: expected an integer of at least {LEAST_RESAMPLES}, so that the "
+                "95% intervals have ends"
             )
 
 
@@ -52,25 +83,51 @@ class SolveSettings:
     objective: Objective
     strategy: str
     model: str | None
-    slots_per_gpu: int | Sequence[int] | None
+    slots_per_gpu: SlotRequest
+    memory: MemoryBudget
+    max_moves: int | None
+    top_k: int | None
     dispatch: Dispatch
     judge: Judge
     solver: SolverSettings
 
 
 @dataclass(frozen=True)
+class ComparedStrategy:
+    """One row of ``compare``: its name, the strategy and what that optimises."""
+
+    name: str
+    strategy: str
+    objective: Objective
+
+
+@dataclass(frozen=True)
 class CompareSettings:
-    """Settings of ``compare``."""
+    """Settings of ``compare``; ``workload`` holds the batch sizes to plan for and to judge on."""
 
     cluster: Cluster
     workload: Workload
     model_size: ModelSize
+    strategies: tuple[str, ...]
+    held_out: tuple[HeldOut, ...]
     pairs: Pairs
     max_load: float
-    slots_per_gpu: int | Sequence[int] | None
+    slots_per_gpu: SlotRequest
+    memory: MemoryBudget
     dispatch: Dispatch
     judge: Judge
     solver: SolverSettings
+
+    def rows(self) -> list[ComparedStrategy]:
+        """Strategies to run, in order; the hierarchical one where there are several nodes (else it is EPLB)."""
+        rows = []
+        for name in self.strategies:
+            strategy, objective = COMPARED[name]
+            bound = self.max_load if name == "bounded_locality" else None
+            shown = name if bound is None else f"locality ≤{bound:g}"
+            if name != "eplb_hierarchical" or self.cluster.nodes > 1:
+                rows.append(ComparedStrategy(shown, strategy, Objective(objective, self.pairs, bound)))
+        return rows
 
 
 def solve_settings(config: Mapping[str, Any]) -> SolveSettings:
@@ -79,21 +136,24 @@ def solve_settings(config: Mapping[str, Any]) -> SolveSettings:
     Raises:
         InputError: a value has the wrong type or is out of range.
     """
-    workload, model_size = _workload(config["workload"])
+    workload, model_size = workload_settings(config["workload"])
     model = config["model"]
     if model is not None and (not isinstance(model, str) or not model):
         raise ProblemError(f"model {model!r}: expected a folder, a hub id, or null for the trace's model")
     return SolveSettings(
-        cluster=Cluster.from_dict(_group(config, "cluster")),
+        cluster=Cluster.from_dict(settings_group(config, "cluster")),
         workload=workload,
         model_size=model_size,
-        objective=_build(Objective, config["objective"], "objective"),
-        strategy=str(_group(config, "strategy").get("name")),
+        objective=build_settings(Objective, config["objective"], "objective"),
+        strategy=str(settings_group(config, "strategy").get("name")),
         model=model,
         slots_per_gpu=config["slots_per_gpu"],
-        dispatch=_build(Dispatch, config["dispatch"], "dispatch"),
-        judge=_build(Judge, config["judge"], "judge"),
-        solver=_build(SolverSettings, config["solver"], "solver"),
+        memory=build_settings(MemoryBudget, config["memory"], "memory"),
+        max_moves=config["max_moves"],
+        top_k=config["top_k"],
+        dispatch=build_settings(Dispatch, config["dispatch"], "dispatch"),
+        judge=build_settings(Judge, config["judge"], "judge"),
+        solver=build_settings(SolverSettings, config["solver"], "solver"),
     )
 
 
@@ -103,26 +163,39 @@ def compare_settings(config: Mapping[str, Any]) -> CompareSettings:
     Raises:
         InputError: a value has the wrong type or is out of range.
     """
-    workload, model_size = _workload(config["workload"])
+    workload, model_size = workload_settings(config["workload"])
+    if config["batch_sizes"] is not None:
+        workload = replace(workload, batch_sizes=batch_sizes(config), shares=None)
     if config["max_load"] is None:
         raise ProblemError("max_load null: expected a number of at least 1 (1.0 is even)")
     Objective("locality", config["pairs"], config["max_load"])  # checks both
     return CompareSettings(
-        cluster=Cluster.from_dict(_group(config, "cluster")),
-        workload=replace(workload, batch_sizes=batch_sizes(config)),
+        cluster=Cluster.from_dict(settings_group(config, "cluster")),
+        workload=workload,
         model_size=model_size,
+        strategies=_names(config, "strategies", COMPARED),
+        held_out=cast("tuple[HeldOut, ...]", _names(config, "held_out", get_args(HeldOut))),
         pairs=config["pairs"],
         max_load=config["max_load"],
         slots_per_gpu=config["slots_per_gpu"],
-        dispatch=_build(Dispatch, config["dispatch"], "dispatch"),
-        judge=_build(Judge, config["judge"], "judge"),
-        solver=_build(SolverSettings, config["solver"], "solver"),
+        memory=build_settings(MemoryBudget, config["memory"], "memory"),
+        dispatch=build_settings(Dispatch, config["dispatch"], "dispatch"),
+        judge=build_settings(Judge, config["judge"], "judge"),
+        solver=build_settings(SolverSettings, config["solver"], "solver"),
     )
+
+
+def _names(config: Mapping[str, Any], key: str, known: Collection[str]) -> tuple[str, ...]:
+    """A list of names, each once."""
+    names = config[key]
+    if not isinstance(names, list) or not names or any(not isinstance(n, str) or n not in known for n in names):
+        raise ProblemError(f"{key} {names!r}: expected a list of some of {list(known)}")
+    return tuple(dict.fromkeys(names))
 
 
 def judge_settings(config: Mapping[str, Any]) -> Judge:
     """The group ``judge`` of any configuration."""
-    return _build(Judge, config["judge"], "judge")
+    return build_settings(Judge, config["judge"], "judge")
 
 
 def batch_sizes(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -166,14 +239,16 @@ def evaluation_cluster(plan: PlacementPlan, config: Mapping[str, Any], expert_by
     return resolve_cluster(Cluster.from_dict(plan.cluster if named is None else named), size, expert_bytes)
 
 
-def _workload(group: object) -> tuple[Workload, ModelSize]:
+def workload_settings(group: object) -> tuple[Workload, ModelSize]:
     values = dict(_mapping(group, "workload"))
     size = ModelSize(values.pop("expert_bytes", None), values.pop("hidden_state_bytes", None))
     values["batch_sizes"] = batch_sizes(values | {"batch_sizes": values.get("batch_sizes")})
-    return _build(Workload, values, "workload"), size
+    if isinstance(values.get("shares"), list):
+        values["shares"] = tuple(values["shares"])
+    return build_settings(Workload, values, "workload"), size
 
 
-def _group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def settings_group(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return _mapping(config[name], name)
 
 
@@ -183,7 +258,7 @@ def _mapping(value: object, name: str) -> Mapping[str, Any]:
     return value
 
 
-def _build(kind: Callable[..., T], group: object, name: str) -> T:
+def build_settings(kind: Callable[..., T], group: object, name: str) -> T:
     """A dataclass from a group whose keys are its fields."""
     values = _mapping(group, name)
     try:

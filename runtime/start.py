@@ -76,6 +76,11 @@ def load_plan(path: str, settings: EngineSettings) -> tuple[PlacementPlan, str]:
     exchange = settings.exchange or plan.workload.exchange
     if exchange not in EXCHANGES:
         raise ModelError(f"exchange {exchange}: this version serves {' and '.join(EXCHANGES)}; give exchange=allreduce")
+    if plan.dispatch.rule != "level" and exchange != "allreduce":  # without homes, the rules are one
+        raise ModelError(
+            f"dispatch rule {plan.dispatch.rule}: this version serves level; solve with dispatch.rule=level, or give "
+            "exchange=allreduce"
+        )
     if os.environ.get("RANK", "0") == "0":  # what rank 0 finds holds for all, and takes seconds
         fingerprint = model_fingerprint(model) if plan.model_fingerprint else None
         layer_ids, num_experts, top_k = _moe_shape(model)

@@ -1,4 +1,4 @@
-"""Dispatch rule `level`: which copy of each expert serves a step.
+"""Dispatch rules `level` and `nearest`: which copy of each expert serves a step.
 
 Shape legend: E logical experts, C most copies of any expert, T tokens, K choices per token, G GPUs.
 """
@@ -7,32 +7,41 @@ from __future__ import annotations
 
 import torch
 
-from kernels.level_dispatch.reference import INACTIVE, SPLIT, level_dispatch, split_pairs
+from kernels.level_dispatch.reference import INACTIVE, SPLIT, level_dispatch, pairs_at_home, split_pairs
 
 __all__ = ["INACTIVE", "SPLIT", "dispatch_tokens", "level_dispatch"]
 
 
 def dispatch_tokens(
-    experts: torch.Tensor, copies: torch.Tensor, num_gpus: int, split_above_tokens: int | None
+    experts: torch.Tensor,
+    copies: torch.Tensor,
+    num_gpus: int,
+    split_above_tokens: int | None,
+    homes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Choose the GPU of every token–expert pair of one layer and step.
+    """Choose the GPU of every token–expert pair of a layer and step: by `nearest` where homes are given, else `level`.
 
     Args:
         experts: logical expert ids, integer ``[T, K]``.
         copies: GPUs that hold a copy of each expert, int64 ``[E, C]``, ascending, padded with -1.
         num_gpus: number of GPUs G.
         split_above_tokens: an expert with more pairs than this and at least two copies is split over all of them;
-            None never splits.
+            None never splits. Pairs served at home do not count.
+        homes: the GPU each token lives on, integer ``[T]``, or -1; a pair whose token lives with a copy of its expert
+            is served there.
 
     Returns:
         GPU ids, int64 ``[T, K]``, on the device of ``experts``.
     """
     if copies.shape[1] == 1:  # one copy each: nothing to choose, and no round trip to the host
         return copies.to(experts.device)[:, 0][experts.long()]
-    host = experts.long().cpu()
-    tokens_per_expert = torch.bincount(host.flatten(), minlength=copies.shape[0])
-    chosen = level_dispatch(tokens_per_expert, copies.cpu(), num_gpus, split_above_tokens)
+    host, copies = experts.long().cpu(), copies.cpu()
+    at_home = torch.zeros_like(host, dtype=torch.bool) if homes is None else pairs_at_home(host, copies, homes.cpu())
+    tokens_per_expert = torch.bincount(host[~at_home], minlength=copies.shape[0])
+    chosen = level_dispatch(tokens_per_expert, copies, num_gpus, split_above_tokens)
     gpus = chosen[host]
+    if homes is not None:
+        gpus = torch.where(at_home, homes.long().cpu()[:, None], gpus)
     if (chosen == SPLIT).any():
-        gpus = split_pairs(host, gpus, chosen, copies.cpu())
+        gpus = split_pairs(host, gpus, chosen, copies)
     return gpus.to(experts.device)

@@ -1,7 +1,10 @@
-"""Plain-torch reference of the dispatch rule `level` (integer arithmetic, the same on every rank).
+"""Plain-torch reference of the dispatch rules `level` and `nearest` (integer arithmetic, the same on every rank).
 
-Per layer and step each active expert is served by one of its copies, chosen so that the busiest GPU has as few
+`level`: per layer and step each active expert is served by one of its copies, chosen so that the busiest GPU has as few
 active experts as possible: small decode batches wait for expert weights to be read, not for tokens.
+
+`nearest`: a pair whose token lives on a GPU with a copy of the expert is served there; all other pairs go by `level`,
+which sees their counts alone.
 """
 
 from __future__ import annotations
@@ -95,12 +98,24 @@ def _shortest_path(source: int, placed: list[list[int]], holders: list[list[int]
     return []
 
 
+def pairs_at_home(experts: torch.Tensor, copies: torch.Tensor, homes: torch.Tensor) -> torch.Tensor:
+    """Which pairs the rule `nearest` serves where their token lives, bool ``[T, K]``.
+
+    Args:
+        experts: logical expert ids, int64 ``[T, K]``.
+        copies: int64 ``[E, C]``, ascending, padded with -1.
+        homes: GPU of each token, integer ``[T]``, or -1 for none.
+    """
+    holds_home = (copies[experts] == homes[:, None, None]).any(dim=2)
+    return holds_home & (homes >= 0)[:, None]
+
+
 def split_pairs(experts: torch.Tensor, gpus: torch.Tensor, chosen: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
     """Spread the pairs of split experts over their copies in contiguous equal runs, in token order.
 
     Args:
         experts: logical expert ids, int64 ``[T, K]``.
-        gpus: the chosen GPU of every pair, int64 ``[T, K]``, -2 for pairs of split experts.
+        gpus: the chosen GPU of every pair, int64 ``[T, K]``, -2 for the pairs to spread.
         chosen: what `level_dispatch` returned, int64 ``[E]``.
         copies: int64 ``[E, C]``, ascending, padded with -1.
 
@@ -109,7 +124,7 @@ def split_pairs(experts: torch.Tensor, gpus: torch.Tensor, chosen: torch.Tensor,
     """
     flat_experts, flat_gpus = experts.flatten(), gpus.flatten().clone()
     for expert in (chosen == SPLIT).nonzero().flatten().tolist():
-        pairs = (flat_experts == expert).nonzero().flatten()
+        pairs = ((flat_experts == expert) & (flat_gpus == SPLIT)).nonzero().flatten()
         holders = copies[expert][copies[expert] >= 0]
         flat_gpus[pairs] = holders[torch.arange(len(pairs)) * len(holders) // len(pairs)]
     return flat_gpus.view_as(experts)

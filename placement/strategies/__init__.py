@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-
-import numpy as np
+from importlib import import_module
 
 from placement.errors import ProblemError
-from placement.problem import PlacementProblem, Solution, SolverSettings
-from placement.slots import Slots, share_experts, sorted_slots
-from placement.strategies.contiguous import contiguous_slots
-from placement.strategies.eplb import eplb_slots
-from placement.strategies.ilp import Progress, solve_ilp
+from placement.problem import PlacementProblem, Progress, Solution, SolverSettings
 
 Strategy = Callable[[PlacementProblem, SolverSettings, Progress], Solution]
 
-
-def _contiguous(problem: PlacementProblem, settings: SolverSettings) -> Slots:
-    return contiguous_slots(problem.num_layers, problem.num_experts, problem.slots_per_gpu)
-
-
-def _random(problem: PlacementProblem, settings: SolverSettings) -> Slots:
-    """One copy each, shuffled within every layer."""
-    rng = np.random.default_rng(settings.seed)
-    ends = np.cumsum(share_experts(problem.num_experts, problem.slots_per_gpu))[:-1]
-    return sorted_slots([np.split(rng.permutation(problem.num_experts), ends) for _ in range(problem.num_layers)])
-
-
-def _eplb(problem: PlacementProblem, settings: SolverSettings) -> Slots:
-    return eplb_slots(problem.statistics.popularity, problem.slots_per_gpu)
-
-
-def _without_bound(name: str, place: Callable[[PlacementProblem, SolverSettings], Slots]) -> Strategy:
-    """A strategy that ignores the objective: its value is reported, nothing is proven."""
-
-    def solve(problem: PlacementProblem, settings: SolverSettings, progress: Progress) -> Solution:
-        started = time.perf_counter()
-        slots = place(problem, settings)
-        notes = () if problem.within_load_bound(slots) else (f"{name} does not keep to max_load",)
-        seconds = time.perf_counter() - started
-        return Solution(slots, problem.value(slots), None, None, seconds, name, optimal=False, notes=notes)
-
-    return solve
-
-
-STRATEGIES: dict[str, Strategy] = {
-    "contiguous": _without_bound("contiguous", _contiguous),
-    "random": _without_bound("random", _random),
-    "eplb": _without_bound("eplb", _eplb),
-    "ilp": solve_ilp,
+#: Name → module of this package and its function. Loaded when used: some need compilers, some solvers.
+STRATEGIES: dict[str, str] = {
+    "contiguous": "contiguous:solve_contiguous",
+    "random": "shuffled:solve_random",
+    "eplb": "eplb:solve_eplb",
+    "eplb_hierarchical": "eplb:solve_eplb_hierarchical",
+    "lina": "lina:solve_lina",
+    "exflow": "exflow:solve_exflow",
+    "moetuner": "moetuner:solve_moetuner",
+    "ilp": "ilp:solve_ilp",
+    "step_time": "step_time:solve_step_time",
 }
+
+
+def load_strategy(name: str) -> Strategy:
+    """A strategy by its name.
+
+    Raises:
+        ProblemError: there is none of that name.
+    """
+    if name not in STRATEGIES:
+        raise ProblemError(f"strategy {name!r}: expected one of {sorted(STRATEGIES)}")
+    module, function = STRATEGIES[name].split(":")
+    strategy: Strategy = getattr(import_module(f"{__name__}.{module}"), function)
+    return strategy
 
 
 def solve(
@@ -66,6 +50,4 @@ def solve(
     Raises:
         ProblemError: the strategy is unknown, or the problem has no solution.
     """
-    if strategy not in STRATEGIES:
-        raise ProblemError(f"strategy {strategy!r}: expected one of {sorted(STRATEGIES)}")
-    return STRATEGIES[strategy](problem, settings, progress)
+    return load_strategy(strategy)(problem, settings, progress)

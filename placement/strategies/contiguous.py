@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from placement.plan import PlacementPlan, Workload
+from placement.problem import PlacementProblem, Progress, Solution, SolverSettings
 from placement.slots import Slots, even_slots, share_experts
+
+
+def solve_contiguous(problem: PlacementProblem, settings: SolverSettings, progress: Progress) -> Solution:
+    """Experts in order of id, whatever the objective."""
+    started = time.perf_counter()
+    slots = contiguous_slots(problem.num_layers, problem.num_experts, problem.slots_per_gpu)
+    return Solution.of(problem, slots, "contiguous", started)
 
 
 def contiguous_slots(num_layers: int, num_experts: int, slots_per_gpu: Sequence[int]) -> Slots:

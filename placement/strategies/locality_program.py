@@ -1,4 +1,4 @@
-"""Locality as an integer program, and upper bounds on it.
+"""Locality as an integer program.
 
 Source: ExFlow (its placement program over tokens); here transitions are aggregated into counts per pair of experts,
 and products of placements are linearised tightly, neither of which changes the optimum.
@@ -15,9 +15,6 @@ from itertools import product
 import numpy as np
 import pulp
 from numpy.typing import NDArray
-from scipy.optimize import linprog
-from scipy.sparse import csr_matrix, kron, vstack
-from scipy.sparse import eye as sparse_eye
 
 from placement.problem import SolverSettings
 from placement.strategies.integer_program import MipResult, solve_model
@@ -130,22 +127,3 @@ def _relabel(gpu: NDArray[np.integer], sizes: Sequence[int]) -> NDArray[np.intp]
     order = list(dict.fromkeys(gpu[0].tolist()))
     order += [g for g in range(len(sizes)) if g not in order]
     return np.argsort(order)[gpu]
-
-
-def pair_bound(transitions: NDArray[np.integer], sizes: Sequence[int]) -> int:
-    """A number of transitions that no placement with one copy each exceeds, whatever its loads.
-
-    Each pair of adjacent layers alone: an expert meets at most as many experts as the largest GPU holds, and all pairs
-    that meet are at most Σ sizes². The linear program over these constraints bounds the pair; the sum bounds the chain.
-    """
-    num_experts = transitions.shape[-1]
-    ones = csr_matrix(np.ones((1, num_experts)))
-    identity = sparse_eye(num_experts)
-    constraints = vstack([kron(identity, ones), kron(ones, identity), kron(ones, ones)]).tocsr()
-    limits = [max(sizes)] * (2 * num_experts) + [sum(size**2 for size in sizes)]
-    bound = 0
-    for counts in transitions:
-        result = linprog(-counts.ravel().astype(np.float64), A_ub=constraints, b_ub=limits, bounds=(0, 1))
-        relaxed = -result.fun if result.success else float(counts.sum())
-        bound += min(int(counts.sum()), math.floor(relaxed * (1 + 1e-9) + 1e-3))
-    return bound

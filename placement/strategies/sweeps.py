@@ -5,7 +5,10 @@ Shape suffixes: L layers, E experts, G GPUs.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +19,10 @@ from placement.slots import Slots, sorted_slots
 
 
 def assignment_sweeps(
-    transitions: NDArray[np.integer], gpu: NDArray[np.integer], sizes: Sequence[int]
+    transitions: NDArray[np.number[Any]],
+    gpu: NDArray[np.integer],
+    sizes: Sequence[int],
+    deadline: float = math.inf,
 ) -> NDArray[np.intp]:
     """Re-assign one layer after the other optimally against its neighbours, forwards and back, while that gains.
 
@@ -24,6 +30,7 @@ def assignment_sweeps(
         transitions: [L-1, E, E].
         gpu: [L, E], one copy each; loads are not bounded.
         sizes: experts on each GPU.
+        deadline: on ``time.perf_counter()``; the sweep in progress is cut there.
 
     Returns:
         GPU of every expert, intp [L, E], at least as good.
@@ -35,6 +42,8 @@ def assignment_sweeps(
     while gained:
         gained = False
         for layer in order:
+            if time.perf_counter() >= deadline:
+                return placed
             gains = layer_gains(transitions, np.eye(len(sizes))[placed], layer)
             experts, slots = linear_sum_assignment(gains[:, slot_gpu], maximize=True)
             better = slot_gpu[slots]
@@ -44,7 +53,23 @@ def assignment_sweeps(
     return placed
 
 
-def layer_gains(transitions: NDArray[np.integer], weights: NDArray[np.float64], layer: int) -> NDArray[np.float64]:
+def greedy_chain(transitions: NDArray[np.number[Any]], sizes: Sequence[int]) -> NDArray[np.intp]:
+    """Assign one layer after the other optimally to the layer before: a first placement, intp [L, E].
+
+    Args:
+        transitions: [L-1, E, E].
+        sizes: experts on each GPU; loads are not bounded.
+    """
+    slot_gpu = np.repeat(np.arange(len(sizes)), sizes).astype(np.intp)
+    placed = [slot_gpu]
+    for counts in transitions:
+        gains = counts.T @ np.eye(len(sizes))[placed[-1]]
+        _, slots = linear_sum_assignment(gains[:, slot_gpu], maximize=True)
+        placed.append(slot_gpu[slots])
+    return np.stack(placed)
+
+
+def layer_gains(transitions: NDArray[np.number[Any]], weights: NDArray[np.float64], layer: int) -> NDArray[np.float64]:
     """Transitions kept if an expert stood on a GPU, float64 [E, G], the other layers (weights [L, E, G]) given."""
     gains = np.zeros(weights.shape[1:])
     if layer > 0:

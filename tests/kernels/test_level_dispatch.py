@@ -1,4 +1,4 @@
-"""The torch reference of the dispatch rule `level` against the shared cases, and against the numpy reference."""
+"""The torch reference of the rules `level` and `nearest` against the shared cases, and against the numpy reference."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ TOKEN_CASES = [case for case in CASES if "gpus" in case]
 def test_there_are_cases_of_both_kinds() -> None:
     assert len(EXPERT_CASES) >= 20
     assert len(TOKEN_CASES) >= 5
+    assert sum("homes" in case for case in TOKEN_CASES) >= 5
 
 
 @pytest.mark.parametrize("case", EXPERT_CASES, ids=[case["name"] for case in EXPERT_CASES])
@@ -40,7 +41,8 @@ def test_experts(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", TOKEN_CASES, ids=[case["name"] for case in TOKEN_CASES])
 def test_tokens(case: dict[str, Any], dtype: torch.dtype) -> None:
     experts = torch.tensor(case["experts"], dtype=dtype).view(len(case["experts"]), -1)
-    gpus = dispatch_tokens(experts, torch.tensor(case["copies"]), case["num_gpus"], case["split_above_tokens"])
+    homes = torch.tensor(case["homes"], dtype=dtype) if "homes" in case else None
+    gpus = dispatch_tokens(experts, torch.tensor(case["copies"]), case["num_gpus"], case["split_above_tokens"], homes)
     assert gpus.dtype == torch.int64
     assert gpus.tolist() == case["gpus"]
 
@@ -62,11 +64,13 @@ def steps(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int | None]:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(steps())
-def test_equal_to_numpy(step: tuple[np.ndarray, np.ndarray, int, int | None]) -> None:
+@given(steps(), st.none() | st.integers(0, 2**32 - 1))
+def test_equal_to_numpy(step: tuple[np.ndarray, np.ndarray, int, int | None], seed: int | None) -> None:
     routes, copies, num_gpus, split_above = step
-    expected = numpy_dispatch.dispatch_tokens(routes, copies, num_gpus, split_above)
-    found = dispatch_tokens(torch.from_numpy(routes), torch.from_numpy(copies), num_gpus, split_above)
+    homes = None if seed is None else np.random.default_rng(seed).integers(-1, num_gpus, size=len(routes))
+    expected = numpy_dispatch.dispatch_tokens(routes, copies, num_gpus, split_above, homes)
+    torch_homes = None if homes is None else torch.from_numpy(homes)
+    found = dispatch_tokens(torch.from_numpy(routes), torch.from_numpy(copies), num_gpus, split_above, torch_homes)
     np.testing.assert_array_equal(found.numpy(), expected)
 
 

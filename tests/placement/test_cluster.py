@@ -5,7 +5,7 @@ import pytest
 from conf import choices, compose
 from placement.cluster import Cluster
 from placement.errors import ClusterError, ProblemError
-from placement.problem import slot_budget
+from placement.memory import slot_budget
 
 
 def preset(name):
@@ -70,4 +70,4 @@ def test_memory_bounds_the_slots():
     uneven = Cluster.from_dict(preset("h200x2").to_dict() | {"expert_memory_bytes": [800.0, 400.0]})
     assert slot_budget(uneven, 6, 10, [4, 2], expert_bytes=20) == (4, 2)
     with pytest.raises(ProblemError, match=r"GPU 1 has 400 bytes .* room for 2 slots; 3 slots in 10 layers need 600"):
-        slot_budget(uneven, 6, 10, None, expert_bytes=20)
+        slot_budget(uneven, 6, 10, 3, expert_bytes=20)

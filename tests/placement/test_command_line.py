@@ -10,7 +10,6 @@ import pytest
 
 from placement.__main__ import main
 from placement.plan import PlacementPlan
-from placement.report import merge_labels
 from placement.strategies.contiguous import contiguous_plan
 from profiler.trace_format import RoutingTrace
 from tests.support.routes import make_routes, write_routes
@@ -27,13 +26,13 @@ def run(*arguments):
 
 def test_solve_writes_a_plan_that_says_what_it_is(small_trace, tmp_path):
     output = tmp_path / "plan.json"
-    finished = run("solve", "--trace", small_trace, "-o", output, "cluster=h200x2", *QUICK)
+    finished = run("solve", "--trace", small_trace, "-o", output, "cluster=h200x2", "objective=locality", *QUICK)
     assert finished.returncode == 0, finished.stderr
     assert "proven optimal" in finished.stdout
     assert "contiguous" in finished.stdout
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
     plan = PlacementPlan.load(output)
-    assert (plan.model, plan.num_gpus, plan.num_layers, plan.strategy) == ("test-model", 2, 4, "ilp")
+    assert (plan.model, plan.num_gpus, plan.num_layers, plan.strategy) == ("test-model", 2, 4, "step_time")
     assert plan.dispatch.split_above_tokens == 64
     assert plan.solver["bound"] == plan.solver["value"]
     assert plan.solver["gap"] == 0
@@ -53,7 +52,13 @@ def test_solve_writes_a_plan_that_says_what_it_is(small_trace, tmp_path):
         ["strategy=eplb", "slots_per_gpu=3"],
         ["strategy=contiguous", "workload=prefill", "workload.batch_sizes=[16]"],
         ["objective=balance", "slots_per_gpu=[4,3,2,2]", "workload.exchange=alltoall"],
-        ["objective.max_load=1.4", "slots_per_gpu=3", "dispatch.split_above_tokens=null", "workload.exchange=coherent"],
+        [
+            "objective=locality",
+            "objective.max_load=1.4",
+            "slots_per_gpu=3",
+            "dispatch.split_above_tokens=null",
+            "workload.exchange=coherent",
+        ],
     ],
 )
 def test_settings_reach_the_plan(small_trace, tmp_path, settings):
@@ -61,7 +66,7 @@ def test_settings_reach_the_plan(small_trace, tmp_path, settings):
     assert main(["solve", "--trace", str(small_trace), "-o", str(output), *settings, *QUICK]) == 0
     plan = PlacementPlan.load(output)
     assert plan.num_gpus == 4
-    assert plan.strategy == ("ilp" if not settings[0].startswith("strategy") else settings[0].split("=")[1])
+    assert plan.strategy == ("step_time" if not settings[0].startswith("strategy") else settings[0].split("=")[1])
 
 
 def test_compare_and_evaluate_agree(small_trace, tmp_path):
@@ -70,17 +75,18 @@ def test_compare_and_evaluate_agree(small_trace, tmp_path):
     assert main(["solve", *trace, "-o", str(plan), "cluster=h200x2", *QUICK]) == 0
     plot = tmp_path / "plot.png"
     flags = ["-o", str(compared), "--plan", str(plan), "--plot", str(plot)]
-    assert main(["compare", *trace, *flags, "cluster=h200x2", "max_load=1.3", *QUICK]) == 0
+    strategies = "strategies=[contiguous,eplb,locality,bounded_locality,balance,step_time]"
+    assert main(["compare", *trace, *flags, "cluster=h200x2", "max_load=1.3", strategies, *QUICK]) == 0
     assert main(["evaluate", *trace, "--plan", str(plan), "-o", str(evaluated), "judge.batches=50"]) == 0
     document = json.loads(compared.read_text())
     assert list(document) == ["command", "commit", "device", "versions", "rows"]
     assert not any(isinstance(value, dict | list) for row in document["rows"] for value in row.values())
     rows = {(row["plan"], row["batch"]): row for row in document["rows"]}
-    names = ["contiguous", "eplb", "locality", "locality ≤1.3", "balance", "plan.json"]
-    assert list(rows) == [(name, size) for name in names for size in (1, 8, 32, 128)]
+    names = ["contiguous", "eplb", "locality", "locality ≤1.3", "balance", "step_time", "plan.json"]
+    assert list(rows) == [(name, size) for name in names for size in (1, 8, 32)]
     metrics = json.loads(evaluated.read_text())["metrics"]
-    for size in (1, 8, 32, 128):
-        row, same = rows["plan.json", size], rows["locality", size]
+    for size in (1, 8, 32):
+        row, same = rows["plan.json", size], rows["step_time", size]
         for name, value in metrics.items():
             assert row[name] == same[name] == (value[str(size)] if isinstance(value, dict) else value)
     assert rows["balance", 8]["load_mean"] < rows["locality", 8]["load_mean"]
@@ -99,7 +105,7 @@ def test_compare_says_which_strategy_found_nothing(tmp_path, capsys):
 
 def test_plans_of_one_name_keep_their_rows(small_trace, tmp_path, capsys):
     plans = [tmp_path / folder / "[/plan].json" for folder in ("a", "b")]
-    command = ["compare", "--trace", str(small_trace), "cluster=h200x2", *QUICK]
+    command = ["compare", "--trace", str(small_trace), "cluster=h200x2", "strategies=[contiguous]", *QUICK]
     for plan in plans:
         plan.parent.mkdir(parents=True)
         assert main(["solve", "--trace", str(small_trace), "-o", str(plan), "cluster=h200x2", *QUICK]) == 0
@@ -108,12 +114,6 @@ def test_plans_of_one_name_keep_their_rows(small_trace, tmp_path, capsys):
     assert main([*command, "-o", str(output)]) == 0
     names = {row["plan"] for row in json.loads(output.read_text())["rows"]}
     assert {str(plan) for plan in plans} < names
-
-
-def test_labels_of_coinciding_points_are_merged():
-    points = {"a": (1.0, 0.5), "b": (1.2, 0.1), "c": (1.001, 0.501), "d": (1.0, 0.1)}
-    assert merge_labels(points) == [("a = c", (1.0, 0.5)), ("b", (1.2, 0.1)), ("d", (1.0, 0.1))]
-    assert merge_labels({"a": (1.0, 1.0)}) == [("a", (1.0, 1.0))]
 
 
 def test_evaluate_checks_sizes(small_trace, tmp_path, capsys):
@@ -143,9 +143,22 @@ def test_a_cluster_file(small_trace, tmp_path):
     cluster.write_text(text)
     output = tmp_path / "plan.json"
     command = ["solve", "--trace", str(small_trace), "-o", str(output), f"cluster={cluster}", *QUICK]
-    assert main(command) == 2
-    assert main([*command, "slots_per_gpu=[6,2]"]) == 0
-    assert [len(held) for held in PlacementPlan.load(output).slots[0]] == [6, 2]
+    assert main([*command, "slots_per_gpu=4"]) == 2
+    for asked, slots in (("null", [5, 3]), ("[6,2]", [6, 2]), ("fill", [8, 3]), ("+25%", [7, 3])):
+        assert main([*command, f"slots_per_gpu={asked}"]) == 0
+        assert [len(held) for held in PlacementPlan.load(output).slots[0]] == slots
+
+
+def test_memory_of_gpus_sets_the_slots_and_copies_have_a_price(small_trace, tmp_path, capsys):
+    """An expert takes 1000 bytes in each of 4 layers: 20,000 of 40,000 bytes hold 5 slots, 2 GPUs 10 for 8 experts."""
+    output = tmp_path / "plan.json"
+    command = ["solve", "--trace", str(small_trace), "-o", str(output), "cluster=cpu2", *QUICK, "slots_per_gpu=fill"]
+    memory = ["memory.gpu_bytes=40000", "memory.other_weights_bytes=[5000,5000]", "memory.kv_reserve_bytes=15000"]
+    assert main([*command, *memory, "memory.kv_bytes_per_token=100"]) == 0
+    assert [len(held) for held in PlacementPlan.load(output).slots[0]] == [5, 5]
+    assert "memory for 80 KV-cache tokens in all" in capsys.readouterr().out
+    assert main([*command, "memory.kv_reserve_bytes=15000"]) == 2
+    assert "give gpu_bytes as well" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,8 +167,9 @@ def test_a_cluster_file(small_trace, tmp_path):
         (["cluster=moon"], "cluster/moon"),
         (["cluster=missing.yaml"], "no such file"),
         (["strategy=magic"], "strategy/magic"),
-        (["objective.max_load=0.5"], "max_load 0.5"),
-        (["objective.max_load=1.0", "objective.pairs=top1"], "the least load found"),
+        (["objective=locality", "objective.max_load=0.5"], "max_load 0.5"),
+        (["objective.max_load=1.5"], "takes no max_load"),
+        (["objective=locality", "objective.max_load=1.0", "objective.pairs=top1"], "the least load found"),
         (["objective.novelty=1"], "novelty"),
         (["+objective.novelty=1"], "novelty"),
         (["slots_per_gpu=1"], "too few for 8 experts"),

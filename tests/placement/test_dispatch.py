@@ -1,6 +1,8 @@
-"""The dispatch rule ``level``: shared cases, optimality, and the vectorised form."""
+"""The dispatch rules ``level`` and ``nearest``: shared cases, optimality, and the compiled form."""
 
 import json
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -22,12 +24,20 @@ def test_shared_cases_of_experts(case):
         np.array(case["tokens_per_expert"]), np.array(case["copies"]), case["num_gpus"], case["split_above_tokens"]
     )
     assert chosen.tolist() == case["chosen"]
+    steps = level_dispatch_steps(
+        np.array([case["tokens_per_expert"]]), np.array(case["copies"]), case["num_gpus"], case["split_above_tokens"]
+    )
+    assert steps.tolist() == [case["chosen"]]
 
 
 @pytest.mark.parametrize("case", TOKEN_CASES, ids=lambda case: case["name"])
 def test_shared_cases_of_tokens(case):
     gpus = dispatch_tokens(
-        np.array(case["experts"]), np.array(case["copies"]), case["num_gpus"], case["split_above_tokens"]
+        np.array(case["experts"]),
+        np.array(case["copies"]),
+        case["num_gpus"],
+        case["split_above_tokens"],
+        np.array(case["homes"]) if "homes" in case else None,
     )
     assert gpus.tolist() == case["gpus"]
 
@@ -108,3 +118,39 @@ def test_tokens_go_where_their_expert_was_sent_and_splits_are_even(layer, seed):
         assert (np.diff(mine) >= 0).all()
         assert runs.sum() == len(mine)
         assert runs.max() - runs.min() <= 1
+
+
+def test_hundreds_of_gpus_and_experts():
+    rng = np.random.default_rng(0)
+    num_experts, num_gpus = 512, 320
+    copies = np.full((num_experts, 5), -1)
+    for row in copies:
+        held = np.sort(rng.choice(num_gpus, size=rng.integers(1, 6), replace=False))
+        row[: len(held)] = held
+    tokens = rng.poisson(0.8, size=(3, num_experts))
+    together = level_dispatch_steps(tokens, copies, num_gpus, 2)
+    one_by_one = [level_dispatch(row, copies, num_gpus, 2) for row in tokens]
+    np.testing.assert_array_equal(together, one_by_one)
+
+
+@settings(max_examples=100, deadline=None)
+@given(layers(), st.integers(0, 2**32 - 1))
+def test_nearest_serves_at_home_what_it_can_and_the_rest_as_if_alone(layer, seed):
+    _, copies, num_gpus, limit = layer
+    rng = np.random.default_rng(seed)
+    experts = rng.integers(len(copies), size=(7, 2))
+    homes = rng.integers(-1, num_gpus, size=7)
+    gpus = dispatch_tokens(experts, copies, num_gpus, limit, homes)
+    kept = np.array([[homes[t] >= 0 and homes[t] in copies[e] for e in row] for t, row in enumerate(experts)])
+    assert (gpus == homes[:, None])[kept].all()
+    rest = dispatch_tokens(experts[~kept][:, None], copies, num_gpus, limit)
+    assert gpus[~kept].tolist() == rest.ravel().tolist()
+    np.testing.assert_array_equal(
+        dispatch_tokens(experts, copies, num_gpus, limit, np.full(7, -1)),
+        dispatch_tokens(experts, copies, num_gpus, limit),
+    )
+
+
+def test_reading_a_plan_needs_no_compiler():
+    program = "import sys, placement.dispatch, placement.evaluation; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], timeout=60).returncode == 0

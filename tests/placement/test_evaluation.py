@@ -54,26 +54,38 @@ def exchange_us(cluster, bytes_between):
     return 1e6 * max(times)
 
 
+def active_experts(experts, gpus, copies, homes, limit, num_gpus):
+    """How many experts are active on each GPU: those with a pair there, and split ones wherever they have a copy."""
+    left = [
+        e
+        for row, home in zip(experts.tolist(), homes, strict=True)
+        for e in row
+        if home not in copies[e][copies[e] >= 0]
+    ]
+    chosen = level_dispatch(np.bincount(left, minlength=len(copies)), copies, num_gpus, limit)
+    active = set(zip(experts.ravel().tolist(), gpus.ravel().tolist(), strict=True))
+    active |= {(e, gpu) for e in np.flatnonzero(chosen == -2).tolist() for gpu in copies[e].tolist() if gpu >= 0}
+    return [sum(gpu == g for _, gpu in active) for g in range(num_gpus)]
+
+
 def slow_metrics(plan, routes, cluster, batch_size, batches, seed):
     """The metrics of one batch size, token by token."""
-    num_gpus, exchange = plan.num_gpus, plan.workload.exchange
+    num_gpus, exchange, limit = plan.num_gpus, plan.workload.exchange, plan.dispatch.split_above_tokens
+    node = np.arange(num_gpus) // cluster.gpus_per_node
+    same_node = node[:, None] == node[None, :]
     collective = SLOW_LINK if cluster.nodes > 1 else LINK
     draws = np.random.default_rng(seed).integers(len(routes), size=(batches, batch_size))
-    ratios, steps, touched, pairs, firsts = [], [], [], [], []
-    for draw in draws:
+    ratios, steps, touched, pairs, firsts, nvlink, network = [], [], [], [], [], 0, 0
+    for number, draw in enumerate(draws):
         step = 0.0
         previous = None
-        homes = [token % num_gpus for token in range(batch_size)]
+        homes = [(token + number) % num_gpus for token in range(batch_size)]
         for layer in range(plan.num_layers):
             experts = routes[draw, layer].astype(int)
             copies = plan.copies(layer)
-            gpus = dispatch_tokens(experts, copies, num_gpus, plan.dispatch.split_above_tokens)
-            counts = np.bincount(experts.ravel(), minlength=plan.num_experts)
-            chosen = level_dispatch(counts, copies, num_gpus, plan.dispatch.split_above_tokens)
-            active = [0] * num_gpus
-            for expert in np.unique(experts):
-                for gpu in copies[expert][copies[expert] >= 0] if chosen[expert] == -2 else [chosen[expert]]:
-                    active[gpu] += 1
+            rule_homes = homes if plan.dispatch.rule == "nearest" and exchange != "allreduce" else [-1] * batch_size
+            gpus = dispatch_tokens(experts, copies, num_gpus, limit, rule_homes)
+            active = active_experts(experts, gpus, copies, rule_homes, limit, num_gpus)
             ratios.append(max(active) / math.ceil(len(np.unique(experts)) / num_gpus))
             tokens = [int((gpus == gpu).sum()) for gpu in range(num_gpus)]
             step += max(3.0 * (a > 0) + 2.0 * a + 0.5 * t for a, t in zip(active, tokens, strict=True))
@@ -88,9 +100,12 @@ def slow_metrics(plan, routes, cluster, batch_size, batches, seed):
                     firsts.append(previous[token][0] == row[0])
             if num_gpus > 1 and exchange == "allreduce":
                 step += 1e6 * (collective.latency_s + 2 * batch_size * 512 / collective.bytes_per_s)
+                there, back = (np.roll(np.eye(num_gpus), 1, axis=1) * batch_size * 512 * (1 - 1 / num_gpus),) * 2
             elif num_gpus > 1:
                 step += exchange_us(cluster, there) + exchange_us(cluster, back)
                 step += 1e6 * (collective.latency_s + experts.size * 2 / collective.bytes_per_s)
+            moved = (there + back) * ~np.eye(num_gpus, dtype=bool)
+            nvlink, network = nvlink + (moved * same_node).sum(), network + (moved * ~same_node).sum()
             if exchange == "coherent":
                 homes = gpus[:, 0].tolist()
             previous = gpus
@@ -101,6 +116,8 @@ def slow_metrics(plan, routes, cluster, batch_size, batches, seed):
         "gpus_per_token": np.mean(touched),
         "pair_locality": np.mean(pairs),
         "top1_transition_locality": np.mean(firsts),
+        "nvlink_bytes": nvlink / batches,
+        "network_bytes": network / batches,
     }
 
 
@@ -112,12 +129,14 @@ COPIED = (
 
 
 @pytest.mark.parametrize("exchange", ["allreduce", "alltoall", "coherent"])
-@pytest.mark.parametrize(("nodes", "limit"), [(1, None), (2, 3), (4, 0)])
-def test_replay_of_copies_equals_the_slow_way(exchange, nodes, limit):
+@pytest.mark.parametrize(
+    ("nodes", "limit", "rule"), [(1, None, "level"), (2, 3, "level"), (4, 0, "nearest"), (2, 3, "nearest")]
+)
+def test_replay_of_copies_equals_the_slow_way(exchange, nodes, limit, rule):
     routes = make_routes(5, 60, 3, 8, 2)
     cluster = make_cluster(nodes, 4 // nodes)
     plan = PlacementPlan(
-        "model", 8, 2, (0, 1, 2), COPIED, workload=Workload(exchange=exchange), dispatch=Dispatch("level", limit)
+        "model", 8, 2, (0, 1, 2), COPIED, workload=Workload(exchange=exchange), dispatch=Dispatch(rule, limit)
     )
     for batch_size in (1, 9):
         metrics = evaluate_routes(plan, routes, cluster, [batch_size], batches=25, seed=3)
@@ -126,6 +145,20 @@ def test_replay_of_copies_equals_the_slow_way(exchange, nodes, limit):
         for name, value in expected.items():
             assert getattr(got, name) == pytest.approx(value), name
         assert got.step_us == pytest.approx(got.expert_us + got.exchange_us)
+
+
+def test_nearest_keeps_more_than_level_where_tokens_have_a_home():
+    routes = make_routes(5, 60, 3, 8, 2)
+    found = {}
+    for exchange in ("allreduce", "coherent"):
+        for rule in ("level", "nearest"):
+            plan = PlacementPlan(
+                "model", 8, 2, (0, 1, 2), COPIED, workload=Workload(exchange=exchange), dispatch=Dispatch(rule)
+            )
+            found[exchange, rule] = evaluate_routes(plan, routes, make_cluster(1, 4), [6], batches=50).by_batch_size[6]
+    assert found["allreduce", "nearest"] == found["allreduce", "level"]
+    assert found["coherent", "nearest"].pair_locality > found["coherent", "level"].pair_locality
+    assert found["coherent", "nearest"].nvlink_bytes < found["coherent", "level"].nvlink_bytes
 
 
 def test_without_copies_locality_is_exact_over_all_tokens():
@@ -160,9 +193,51 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     routes = make_routes(7, 100, 3, 8, 2)
     plan = PlacementPlan("model", 8, 2, (0, 1, 2), COPIED)
     whole = evaluate_routes(plan, routes, make_cluster(1, 4), [4], batches=50)
-    monkeypatch.setattr("placement.evaluation.TOKENS_AT_ONCE", 13)
+    monkeypatch.setattr("placement.evaluation.VALUES_AT_ONCE", 100)
     parts = evaluate_routes(plan, routes, make_cluster(1, 4), [4], batches=50)
     assert parts.to_dict()["step_us"]["4"] == pytest.approx(whole.to_dict()["step_us"]["4"])
+
+
+def test_single_tokens_use_every_gpu_as_a_home():
+    """A plan with everything on GPU 0 sends nothing only where a token happens to live there."""
+    routes = make_routes(1, 40, 1, 8, 2)
+    plan = PlacementPlan("model", 8, 2, (0,), ((tuple(range(8)), (), (), ()),), workload=Workload(exchange="alltoall"))
+    figures = evaluate_routes(plan, routes, make_cluster(1, 4), [1], batches=40).by_batch_size[1]
+    assert figures.nvlink_bytes == 2 * 512 * 3 / 4
+
+
+def test_few_steps_of_many_tokens():
+    routes = make_routes(2, 50, 2, 8, 2)
+    plan = contiguous_plan("model", 8, 2, [0, 1], 4)
+    metrics = evaluate_routes(plan, routes, make_cluster(1, 4), [4, 2**12, 2**15], batches=300)
+    assert [len(metrics.samples[size].step_us) for size in (4, 2**12, 2**15)] == [300, 128, 64]
+
+
+@pytest.mark.parametrize("slots", [COPIED, contiguous_plan("model", 8, 2, range(3), 4).slots])
+def test_sums_by_sequence_give_the_means_and_those_of_resamples(slots):
+    routes = make_routes(7, 90, 3, 8, 2)
+    sequence = np.repeat([7, 3, 11], [20, 30, 40])
+    plan = PlacementPlan("model", 8, 2, (0, 1, 2), slots)
+    cluster = make_cluster(1, 4)
+    metrics = evaluate_routes(plan, routes, cluster, [1, 4], batches=200, sequence_T=sequence)
+    assert metrics == evaluate_routes(plan, routes, cluster, [1, 4], batches=200)
+    for size, figures in metrics.by_batch_size.items():
+        samples = metrics.samples[size]
+        assert samples.step_us.shape == samples.active_ratio.shape == (200,)
+        assert samples.step_us.mean() == pytest.approx(figures.step_us)
+        assert samples.active_ratio.mean() == pytest.approx(figures.active_ratio)
+        means = [figures.gpus_per_token, figures.pair_locality, figures.top1_transition_locality]
+        assert samples.token_sums.means()[0].tolist() == means
+        assert samples.token_sums.tokens.sum() == (200 * size if plan.has_copies else 90)
+    if plan.has_copies:
+        return
+    # Without copies a resample is what the same sequences alone give; ids stand in ascending order: 3, 7, 11.
+    alone = evaluate_routes(plan, routes[sequence != 11], cluster, [1], batches=1)
+    figures = alone.by_batch_size[1]
+    resampled = metrics.samples[1].token_sums.means(np.array([[2, 2, 0]]))[0]
+    assert resampled == pytest.approx([figures.gpus_per_token, figures.pair_locality, figures.top1_transition_locality])
+    loads = np.tensordot([2, 2, 0], metrics.sequence_loads, axes=1)
+    assert (loads.max(axis=1) / loads.mean(axis=1)).max() == pytest.approx(alone.load_max)
 
 
 def test_only_the_split_asked_for_is_replayed(small_trace):

@@ -1,5 +1,6 @@
 """Strategies: optimal where they say so, within their bounds and budgets always."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise, product
 
 import numpy as np
@@ -11,11 +12,12 @@ from placement.errors import ProblemError
 from placement.problem import Objective, PlacementProblem, SolverSettings
 from placement.slots import check_slots, slots_from_gpu, sorted_slots
 from placement.strategies import STRATEGIES, solve
-from placement.strategies import ilp as ilp_module
+from placement.strategies import locality as locality_module
 from placement.strategies.balance_program import balance_layer
 from placement.strategies.balance_search import busiest_load
 from placement.strategies.eplb import copy_counts, eplb_slots
-from placement.strategies.locality_program import pair_bound, solve_locality_program
+from placement.strategies.locality_bound import pair_bound
+from placement.strategies.locality_program import solve_locality_program
 from profiler.statistics import RoutingStatistics
 from tests.support.routes import count_routes, make_routes
 
@@ -108,9 +110,9 @@ def test_search_and_program_agree_with_the_exact_dynamic_program(seed):
     problem = PlacementProblem(random_statistics(seed, 3, 6), (3, 3), Objective("locality", max_load=1.4))
     exact = solve("ilp", problem, QUICK)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ilp_module, "is_small", lambda num_layers, sizes: False)
+        patch.setattr(locality_module, "is_small", lambda num_layers, sizes: False)
         searched = solve("ilp", problem, QUICK)
-        patch.setattr(ilp_module, "is_tractable", lambda num_layers, num_experts, num_gpus: False)
+        patch.setattr(locality_module, "is_tractable", lambda num_layers, num_experts, num_gpus: False)
         bounded = solve("ilp", problem, QUICK)
     assert searched.value == pytest.approx(exact.value)
     assert searched.optimal
@@ -198,7 +200,7 @@ def test_same_seed_same_plan():
     problem = PlacementProblem(random_statistics(3, 4, 12), (4, 4, 4), Objective("locality", max_load=1.3))
     runs = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ilp_module, "is_tractable", lambda num_layers, num_experts, num_gpus: False)
+        patch.setattr(locality_module, "is_tractable", lambda num_layers, num_experts, num_gpus: False)
         for seed in (0, 0, 1):
             runs.append(solve("ilp", problem, SolverSettings(seed=seed, search_rounds=40)))
     assert runs[0].slots == runs[1].slots
@@ -208,14 +210,14 @@ def test_same_seed_same_plan():
 def test_copies_keep_a_bound_that_one_copy_cannot():
     popularity = np.array([[100, 10, 10, 10], [10, 10, 10, 100], [100, 10, 10, 10]])
     statistics = random_statistics(0, 3, 4)
-    statistics = RoutingStatistics(1, popularity, popularity, statistics.affinity, statistics.affinity, popularity)
+    statistics = replace(statistics, popularity=popularity, top1_popularity=popularity)
     objective = Objective("locality", max_load=1.1)
     with pytest.raises(ProblemError, match=r"1\.69231 of the mean \(no placement goes below 1\.69231\)"):
         solve("ilp", PlacementProblem(statistics, (2, 2), objective), QUICK)
     problem = PlacementProblem(statistics, (3, 3), objective)
     solution = solve("ilp", problem, QUICK)
     assert problem.within_load_bound(solution.slots)
-    assert (solution.bound, solution.gap) == (None, None)
+    assert solution.bound >= solution.value
 
 
 @pytest.mark.parametrize("backend", ["highs", "cbc"])
@@ -223,7 +225,7 @@ def test_one_layer_has_no_transitions_to_keep(backend):
     objective = Objective("locality", max_load=1.2)
     problem = PlacementProblem(random_statistics(0, 1, 12, most=20), (4, 4, 4), objective)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ilp_module, "is_small", lambda num_layers, sizes: False)
+        patch.setattr(locality_module, "is_small", lambda num_layers, sizes: False)
         solution = solve("ilp", problem, SolverSettings(backend=backend))
     assert (solution.value, solution.bound, solution.optimal) == (1.0, 1.0, True)
     assert problem.within_load_bound(solution.slots)
@@ -234,18 +236,17 @@ def test_a_load_bound_at_the_edge_is_met_to_the_last_pair():
     half = np.random.default_rng(0).integers(1000, 9000, 32)
     loads = np.concatenate([half, half[:-2], [half[-2] + half[-1] - 1, 1]])
     even = loads.sum() / 2
-    assert balance_layer(loads, [32, 32], QUICK, time_limit_s=20, most_copies=1).busiest > even
     assert balance_layer(loads, [32, 32], QUICK, time_limit_s=20, most_copies=1, enough=even).busiest == even
 
 
-def test_spare_slots_are_used():
+def test_spare_slots_are_used_where_they_help():
     statistics = count_routes(make_routes(1, 500, 4, 8, 2), 8)
-    for name in ("locality", "balance"):
-        solution = solve("ilp", PlacementProblem(statistics, (5, 5), Objective(name)), QUICK)
-        if name == "locality":
-            assert all(len(held) == 5 for gpus in solution.slots for held in gpus)
-        else:
-            assert solution.value <= solve("eplb", PlacementProblem(statistics, (5, 5), Objective(name)), QUICK).value
+    wide, narrow = (PlacementProblem(statistics, slots, Objective("locality")) for slots in ((5, 5), (4, 4)))
+    solution = solve("ilp", wide, QUICK)
+    assert solution.value >= solve("ilp", narrow, QUICK).value
+    assert solution.bound >= solution.value
+    balance = replace(wide, objective=Objective("balance"))
+    assert solve("ilp", balance, QUICK).value <= solve("eplb", balance, QUICK).value
 
 
 def test_structure_is_found():
