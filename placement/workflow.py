@@ -15,7 +15,7 @@ from placement.errors import ProblemError
 from placement.evaluation import evaluate_routes, held_out_experts
 from placement.memory import MemoryBudget, SlotRequest, slot_budget
 from placement.metrics import Metrics, layer_loads
-from placement.migration import Move, moves_document, plan_moves
+from placement.migration import Move, align_to, moves_document, plan_moves
 from placement.plan import Dispatch, PlacementPlan, Workload
 from placement.problem import Objective, PlacementProblem, Progress, Solution
 from placement.settings import SolveSettings, resolve_cluster
@@ -70,6 +70,8 @@ def solve_trace(
     )
     routes = held_out_experts(trace, JUDGE_SPLIT)
     solution = solve(settings.strategy, problem, settings.solver, progress)
+    if running is not None and settings.max_moves is None:
+        solution = _align_to_running(solution, running, problem)
     plan = PlacementPlan(
         model=portable_model(settings.model or trace.model, output),
         model_fingerprint=trace.model_fingerprint,
@@ -86,7 +88,8 @@ def solve_trace(
         trace={"sha256": trace.sha256(), "tokens": trace.num_tokens},
     )
     compared = {"plan": plan.slots} | ({} if running is None else {"running": running.slots})
-    compared |= {name: solve(name, problem, settings.solver).slots for name in ("contiguous", "eplb")}
+    anew = replace(problem, max_moves=None)
+    compared |= {name: solve(name, anew, settings.solver).slots for name in ("contiguous", "eplb")}
     judged = {}
     for name, slots in compared.items():
         progress(f"judging {name} on held-out tokens")
@@ -99,6 +102,13 @@ def solve_trace(
         moves = plan_moves(running.slots, plan.slots, cluster.gpus_per_node)
         plan = replace(plan, migration=moves_document(moves, trace.expert_bytes))
     return SolvedTrace(replace(plan, predicted=predicted), solution, judged, moves)
+
+
+def _align_to_running(solution: Solution, running: PlacementPlan, problem: PlacementProblem) -> Solution:
+    """The same placement with GPUs renamed so that few copies move; layers apart where nothing ties them."""
+    tied = problem.objective.name == "locality" or problem.workload.exchange == "coherent"
+    slots = align_to(running.slots, solution.slots, problem.gpus_per_node, per_layer=not tied)
+    return replace(solution, slots=slots, value=problem.value(slots))
 
 
 def solve_counts(

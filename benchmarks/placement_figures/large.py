@@ -26,7 +26,7 @@ EXPERT_BYTES, HIDDEN_STATE_BYTES = 3 * 7168 * 2048, 7168 * 2
 WORKLOAD = Workload(batch_sizes=(64, 512), exchange="alltoall")
 STRATEGY = {"balance": "ilp", "locality": "ilp", "step_time": "step_time"}
 #: Time limits: of a first plan, and of a final one.
-FIRST_S, FINAL_S = 1.0, 50.0
+FIRST_S, FINAL_S = 0.5, 50.0
 MOST_GIB = 4.0
 
 

@@ -48,6 +48,11 @@ def solve(
         progress: called with one line now and then.
 
     Raises:
-        ProblemError: the strategy is unknown, or the problem has no solution.
+        ProblemError: the strategy is unknown, cannot keep to ``max_moves``, or the problem has no solution.
     """
+    if problem.max_moves is not None and (strategy, problem.objective.name) != ("step_time", "step_time"):
+        raise ProblemError(
+            f"max_moves {problem.max_moves} with strategy {strategy} and objective {problem.objective.name}: only "
+            "strategy=step_time with objective=step_time keeps to it; give these, or max_moves=null"
+        )
     return load_strategy(strategy)(problem, settings, progress)

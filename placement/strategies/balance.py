@@ -67,11 +67,12 @@ class _Balance:
         self._report("first plan")
         try:
             self._search()
-            if self.problem.routes is not None and len(self.problem.routes) and self.problem.num_gpus > 1:
-                self._harden(self.problem.routes)
+            routes = self.problem.routes
+            if routes is not None and len(routes) and self.problem.num_gpus > 1 and self._time_left():
+                self._harden(routes)
         except KeyboardInterrupt:
             self.notes.append("interrupted: this is the best placement found until then")
-        if time.perf_counter() > self._deadline(1.0):
+        if not self._time_left():
             self.notes.append(f"the time limit of {self.settings.time_limit_s:g} s cut the search")
         slots = fill_spare_slots_for_balance(self.problem, sorted_slots(self.layers))
         return slots, min(self._bound(), self.problem.value(slots)), self.notes
@@ -145,6 +146,9 @@ class _Balance:
     def _bound(self) -> float:
         relative = np.divide(self.bounds, self.mean, out=np.ones(len(self.mean)), where=self.mean > 0)
         return float(relative.mean())
+
+    def _time_left(self) -> bool:
+        return time.perf_counter() < self._deadline(1.0)
 
     def _deadline(self, share: float) -> float:
         return self.started + share * self.settings.time_limit_s

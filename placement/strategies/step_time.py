@@ -132,6 +132,8 @@ class _StepTime:
                     yield self._other("ilp", replace(problem, objective=Objective("locality", max_load=limit)))
                 except ProblemError:
                     continue  # that load bound cannot be kept: nothing to start from
+            if max(problem.workload.batch_sizes) >= MANY_TOKENS:
+                yield self._other("moetuner", problem)
 
     def _other(self, strategy: str, problem: PlacementProblem) -> Slots:
         """What another strategy makes of a problem, in a part of the time."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,28 @@ def test_a_running_plan_is_left_by_at_most_the_moves_allowed(small_trace, tmp_pa
     assert after.migration["num_moves"] == moved
     assert set(after.predicted["step_us"]) == {"plan", "running", "contiguous", "eplb"}
     assert f"{moved} expert copies move" in capsys.readouterr().out
+
+
+def test_without_a_limit_gpus_are_renamed_so_that_few_copies_move(small_trace, tmp_path):
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    solve = ["solve", "--trace", str(small_trace), "strategy=eplb", "slots_per_gpu=5", *QUICK]
+    assert main([*solve, "-o", str(first)]) == 0
+    plan = PlacementPlan.load(first)
+    swapped = replace(plan, slots=tuple(layer[::-1] for layer in plan.slots))
+    swapped.save(first)
+    assert main([*solve, "-o", str(second), "--running", str(first)]) == 0
+    assert PlacementPlan.load(second).slots == swapped.slots
+    assert PlacementPlan.load(second).migration["num_moves"] == 0
+
+
+@pytest.mark.parametrize("settings", [["strategy=eplb"], ["objective=balance"], ["objective=locality"]])
+def test_strategies_that_cannot_limit_moves_say_so(small_trace, tmp_path, capsys, settings):
+    first = tmp_path / "first.json"
+    assert main(["solve", "--trace", str(small_trace), "-o", str(first), "strategy=eplb", *QUICK]) == 0
+    capsys.readouterr()
+    arguments = ["solve", "--trace", str(small_trace), "-o", str(tmp_path / "second.json"), "--running", str(first)]
+    assert main([*arguments, "max_moves=2", *settings, *QUICK]) == 2
+    assert "max_moves 2" in capsys.readouterr().err
 
 
 def test_a_running_plan_of_another_model_is_refused(small_trace, tmp_path, capsys):
