@@ -33,7 +33,7 @@ from placement.problem import Objective, SolverSettings
 from placement.slots import Slots
 from placement.strategies import solve
 
-SETTINGS = SolverSettings(time_limit_s=30.0)
+SETTINGS = SolverSettings(time_limit_s=20.0)
 BASELINE_SETTINGS = SolverSettings(time_limit_s=20.0)
 EXCHANGES = ("allreduce", "alltoall", "coherent")
 WORKLOADS: dict[str, dict[str, Any]] = {
