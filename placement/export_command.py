@@ -35,6 +35,11 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], console: Console, 
     engine = ENGINES[flags.engine]
     if engine.suffixes and flags.output.suffix not in engine.suffixes:
         raise PlanError(f"{flags.output}: {engine.title} reads a file that ends in {' or '.join(engine.suffixes)}")
+    if config["num_layers"] is not None and flags.engine != "sglang":
+        raise PlanError(
+            f"num_layers {config['num_layers']!r}: {engine.title}'s file has rows for MoE layers alone; "
+            "leave num_layers away, it is for --to sglang"
+        )
     require_output(flags.output, [flags.plan])
     progress("reading the plan")
     plan = PlacementPlan.load(flags.plan)

@@ -118,7 +118,7 @@ def slot_budget(
             if expert_bytes is None:
                 raise ProblemError(
                     "slots_per_gpu fill needs the size of an expert, which the trace does not tell: "
-                    "give expert_bytes, or a number of slots_per_gpu"
+                    "record the trace with `profiler trace`, or give a number of slots_per_gpu"
                 )
             return tuple(rooms)
     budget = [slots_per_gpu] * num_gpus if is_int(slots_per_gpu) else slots_per_gpu

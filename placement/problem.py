@@ -83,7 +83,7 @@ class SolverSettings:
         time_limit_s: of one solve.
         backend: ``highs``, ``cbc``, or ``auto`` (HiGHS where installed, else CBC).
         threads: of the integer programs; with 1 they are deterministic as long as no time limit is hit.
-        workers: layers searched side by side under ``step_time``; the plan does not depend on it.
+        workers: layers or chains searched side by side; the plan does not depend on it.
         search_rounds: how long searches go on where no time limit ends them.
     """
 
@@ -263,7 +263,7 @@ class Solution:
         slots: the placement.
         value: the problem's objective of it, on the tokens solved on.
         bound: no placement with these slots can be better than this (above the value for locality, below it for
-            balance); None where none is known.
+            balance and step time); None where none is known.
         gap: |bound − value| / max(|value|, 1e-12), or None.
         seconds: time the strategy took.
         name: of the strategy.

@@ -51,7 +51,7 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], console: Console, 
     plan = solved.plan
     plan.save(flags.output)
     judged = dict(solved.judged)
-    judged[f"plan ({plan.strategy})"] = judged.pop("plan")
+    judged[f"plan ({settings.objective.name})"] = judged.pop("plan")
     title = f"Held-out tokens on {settings.cluster.name}, {plan.num_layers} layers of {plan.num_experts} experts"
     print_metrics(console, judged, title)
     lines = [*_describe(plan, solved.solution, settings, expert_bytes), *_describe_moves(solved, expert_bytes)]
@@ -64,7 +64,7 @@ def _describe(plan: PlacementPlan, solution: Solution, settings: SolveSettings, 
     price = copy_price(plan.slots, plan.num_experts, plan.num_layers, size, settings.memory.kv_bytes_per_token)
     lines = [describe_solution(settings.objective, solution), *solution.notes, describe_price(price)]
     if expert_bytes is None:
-        lines.append(f"the input does not tell expert_bytes: memory is not checked, {size} bytes are assumed")
+        lines.append(f"the input does not tell expert_bytes: workload.expert_bytes={size} is assumed")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from placement.errors import ProblemError
 from placement.evaluation import evaluate_routes, held_out_experts
 from placement.memory import MemoryBudget, SlotRequest, slot_budget
 from placement.metrics import Metrics, layer_loads
-from placement.migration import Move, align_to, moves_document, plan_moves
+from placement.migration import Move, align_to, moves_document, num_moves, plan_moves
 from placement.plan import Dispatch, PlacementPlan, Workload
 from placement.problem import Objective, PlacementProblem, Progress, Solution
 from placement.settings import SolveSettings, resolve_cluster
@@ -105,10 +106,16 @@ def solve_trace(
 
 
 def _align_to_running(solution: Solution, running: PlacementPlan, problem: PlacementProblem) -> Solution:
-    """The same placement with GPUs renamed so that few copies move; layers apart where nothing ties them."""
+    """The same placement with GPUs renamed so that few copies move; layers apart where nothing ties them.
+
+    Step times may change a little, as the dispatch rule breaks ties by GPU: value and gap are those after renaming.
+    """
     tied = problem.objective.name == "locality" or problem.workload.exchange == "coherent"
     slots = align_to(running.slots, solution.slots, problem.gpus_per_node, per_layer=not tied)
-    return replace(solution, slots=slots, value=problem.value(slots))
+    before, after = (num_moves(running.slots, placed) for placed in (solution.slots, slots))
+    notes = [*solution.notes, f"GPUs were renamed: {after} copies move from the running plan instead of {before}"]
+    renamed = Solution.of(problem, slots, solution.name, time.perf_counter(), solution.bound, notes)
+    return replace(renamed, seconds=solution.seconds)
 
 
 def solve_counts(
@@ -136,11 +143,17 @@ def solve_counts(
         raise ProblemError(
             f"{what} needs every token's routes, {counts.model!r} has counts alone: give objective=balance, or trace it"
         )
+    if settings.objective.pairs != "all" or settings.max_moves is not None:
+        what = "objective.pairs=top1" if settings.max_moves is None else f"max_moves={settings.max_moves}"
+        raise ProblemError(f"{what}: counts tell neither first choices nor a running plan; remove it, or give a trace")
     num_layers, num_experts = counts.counts.shape
     cluster = resolve_cluster(settings.cluster, settings.model_size, None)
     unknown = np.zeros((0, num_experts, num_experts), dtype=np.int64)
     statistics = RoutingStatistics(0, counts.counts, np.zeros_like(counts.counts), unknown, unknown, unknown)
-    budget = slot_budget(cluster, num_experts, num_layers, settings.slots_per_gpu, None, settings.memory)
+    memory, asked = settings.memory, settings.slots_per_gpu
+    given = asked == "fill" or memory.gpu_bytes is not None
+    expert_bytes = cluster.coefficients[0].expert_bytes if given else None
+    budget = slot_budget(cluster, num_experts, num_layers, asked, expert_bytes, memory)
     problem = PlacementProblem(statistics, budget, settings.objective, cluster=cluster)
     solution = solve(settings.strategy, problem, settings.solver, progress)
     loads = layer_loads(solution.slots, counts.counts)
@@ -179,14 +192,18 @@ def build_problem(
         trace: what was routed.
         mask_T: bool [T], the tokens to solve on.
         cluster: with its coefficients.
-        slots_per_gpu, memory: the budget, see ``placement.memory``.
+        slots_per_gpu, memory: the budget, see ``placement.memory``; checked with the cluster's assumed size of an
+            expert where the trace does not tell it and memory is asked for.
         objective, workload, dispatch: what to optimise.
         running, max_moves: a plan to start from, and how far to go from it.
 
     Raises:
         InputError: no token is selected, or the budget does not fit.
     """
-    budget = slot_budget(cluster, trace.num_experts, trace.num_layers, slots_per_gpu, trace.expert_bytes, memory)
+    expert_bytes = trace.expert_bytes
+    if expert_bytes is None and (slots_per_gpu == "fill" or memory.gpu_bytes is not None):
+        expert_bytes = cluster.coefficients[0].expert_bytes  # assumed: memory was asked to be kept to
+    budget = slot_budget(cluster, trace.num_experts, trace.num_layers, slots_per_gpu, expert_bytes, memory)
     parts = [chunk.experts[mask_T[chunk.start : chunk.start + chunk.num_tokens]] for chunk in trace.chunks()]
     return PlacementProblem(
         collect_statistics(trace, mask_T),

@@ -144,6 +144,11 @@ def slots_of_rows(rows: Sequence[Row], model: ModelLayers, num_gpus: int) -> Slo
     return slots
 
 
+def vllm_ranks(layout: EngineLayout) -> str:
+    """A line to print: vLLM has no flag for the number of expert-parallel ranks, two others multiply to it."""
+    return f"with --tensor-parallel-size and --data-parallel-size so that their product is {layout.num_gpus}"
+
+
 def check_row(row: object, where: str, num_experts: int) -> Row:
     """One row as a file has it, refused where it is no list of logical expert ids.
 

@@ -83,7 +83,7 @@ def _read_tensors(path: Path) -> Any:
 
 def _start(layout: EngineLayout, path: Path) -> list[str]:
     return [
-        f"--ep-size {layout.num_gpus} --init-expert-location {shlex.quote(str(path))} "
+        f"--tp-size {layout.num_gpus} --ep-size {layout.num_gpus} --init-expert-location {shlex.quote(str(path))} "
         f"--ep-num-redundant-experts {layout.num_redundant}",
         "leave --enable-eplb off: it would move the experts again",
     ]

@@ -63,7 +63,7 @@ def _read_yaml(path: Path) -> Any:
 def _start(layout: EngineLayout, path: Path) -> list[str]:
     setting = f"moe_config: {{load_balancer: {json.dumps(str(path))}}}"
     return [
-        f"--ep_size {layout.num_gpus}, and in the YAML file given as --config: {setting}",
+        f"--tp_size {layout.num_gpus} --ep_size {layout.num_gpus}, and in the YAML file given as --config: {setting}",
         "with a MoE backend that has a load balancer, such as WIDEEP",
     ]
 

@@ -22,6 +22,7 @@ from placement.engines.layout import (
     check_slot_count,
     read_text,
     shown,
+    vllm_ranks,
 )
 from placement.errors import PlanError
 
@@ -69,7 +70,12 @@ def _read_record(path: Path) -> Any:
 
 def _start(layout: EngineLayout, path: Path) -> list[str]:
     config = {"initial_mapping_path": str(path), "num_redundant_experts": layout.num_redundant}
-    return [f"--enable-expert-parallel --enable-eplb --eplb-config {shlex.quote(json.dumps(config))}"]
+    return [
+        f"--enable-expert-parallel --enable-eplb --eplb-config {shlex.quote(json.dumps(config))}",
+        vllm_ranks(layout),
+        "vLLM may move the experts again: stop its online balancer in --eplb-config to keep this placement, by "
+        "disable_online_rebalancing, or by leaving enable_online off, as the installed revision has it",
+    ]
 
 
 ENGINE = Engine("vLLM (proposal 41141)", (), _write, _read, _start)

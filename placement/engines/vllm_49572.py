@@ -18,6 +18,7 @@ from placement.engines.layout import (
     check_list,
     check_row,
     read_json,
+    vllm_ranks,
 )
 
 
@@ -38,6 +39,7 @@ def _start(layout: EngineLayout, path: Path) -> list[str]:
     config = {"initial_expert_map_path": str(path), "num_redundant_experts": layout.num_redundant}
     return [
         f"--enable-expert-parallel --enable-eplb --eplb-config {shlex.quote(json.dumps(config))}",
+        vllm_ranks(layout),
         "vLLM moves the experts again after step_interval steps: raise it in --eplb-config to keep this placement",
     ]
 

@@ -23,6 +23,7 @@ from placement.engines.layout import (
     check_row,
     read_json,
     shown,
+    vllm_ranks,
 )
 from placement.errors import PlanError
 from placement.slots import is_int
@@ -80,7 +81,7 @@ def _check_order(entries: Sequence[Any], key: str, where: str) -> None:
 
 def _start(layout: EngineLayout, path: Path) -> list[str]:
     config = {"eplb_config": {"expert_map_path": str(path)}}
-    return [f"--enable-expert-parallel --additional-config {shlex.quote(json.dumps(config))}"]
+    return [f"--enable-expert-parallel --additional-config {shlex.quote(json.dumps(config))}", vllm_ranks(layout)]
 
 
 ENGINE = Engine("vllm-ascend", (".json",), _write, _read, _start)

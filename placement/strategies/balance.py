@@ -75,7 +75,9 @@ class _Balance:
         if not self._time_left():
             self.notes.append(f"the time limit of {self.settings.time_limit_s:g} s cut the search")
         slots = fill_spare_slots_for_balance(self.problem, sorted_slots(self.layers))
-        return slots, min(self._bound(), self.problem.value(slots)), self.notes
+        bound, value = self._bound(), self.problem.value(slots)
+        assert bound <= value * (1 + 1e-6), (bound, value)
+        return slots, min(bound, value), self.notes  # equal but for rounding where it was above
 
     def _search(self) -> None:
         """The optimum of every layer, or near it."""

@@ -63,7 +63,9 @@ class _Locality:
         if problem.gpus_per_node < problem.num_gpus:
             nodes, gpus = node_locality(problem, slots), problem.value(slots)
             self.notes.append(f"{nodes:.4f} of transitions stay within their node, {gpus:.4f} on their GPU")
-        return slots, max(at_most / self.total, problem.value(slots)), self.notes
+        bound, value = at_most / self.total, problem.value(slots)
+        assert bound >= value - 1e-6, (bound, value)
+        return slots, max(bound, value), self.notes  # equal but for rounding where it was below
 
     def _one_each(self) -> list[int]:
         """Slots of each GPU that one copy of each expert needs, shared evenly."""
@@ -151,6 +153,8 @@ class _Locality:
             )
             if sizes_kept and chain.fits(candidate).all() and chain.kept(candidate) > chain.kept(gpu):
                 gpu = candidate
+        if bound > chain.kept(gpu) and not result.interrupted:
+            self.notes.append("the time limit ended the integer program: the optimum is not proven")
         return gpu, bound
 
     def _time_left(self) -> float:

@@ -49,7 +49,9 @@ def search_nodes_first(items: Items, gpus_per_node: int, budget: Budget, found: 
         start = _start(part, bounded)
         if start is None:
             return search_chain(chain, items.start, budget, found)
-        placed, early = search_chain(part, start, budget.until(1 / (num_nodes - n)), lambda kept: None)
+        placed, early = start, None
+        if ended is None or not ended.startswith("interrupted"):
+            placed, early = search_chain(part, start, budget.until(1 / (num_nodes - n)), lambda kept: None)
         np.put_along_axis(gpu, members, placed + n * gpus_per_node, axis=1)
         ended = ended or early
     found(chain.kept(gpu))

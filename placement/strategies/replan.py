@@ -6,7 +6,8 @@ goes is then chosen exactly, by a dynamic program over the moves that are left (
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,53 +30,75 @@ class Stage:
     held: Held
 
 
-def best_moves(
-    pool: ThreadPoolExecutor, searches: list[LayerSearch], max_moves: int, settings: SolverSettings, deadline: Deadline
-) -> list[Held]:
-    """The best placement of every layer, bool [E, G], with at most ``max_moves`` copies moved in all.
+def find_stages(
+    pool: ThreadPoolExecutor,
+    start: Callable[[int], LayerSearch],
+    running: Sequence[Held],
+    max_moves: int,
+    settings: SolverSettings,
+    deadline: Deadline,
+) -> tuple[list[list[Stage]], bool]:
+    """Placements of every layer with at most ``max_moves`` copies moved, the running one first; and whether time ended
+    the search of a layer.
 
     Args:
         pool: runs layers side by side.
-        searches: one per layer, at the running placement.
+        start: a layer's search, at the running placement.
+        running: per layer bool [E, G].
         max_moves: copies that may be transferred.
         settings: seed and rounds.
-        deadline: when to stop.
+        deadline: when to stop; told on Ctrl-C, after which what was found until then is returned.
     """
-    share = deadline.left() * settings.workers / len(searches)
+    stages = [[Stage(0, 0.0, held_EG)] for held_EG in running]
+    if max_moves == 0:
+        return stages, False
+    share = deadline.left() * settings.workers / len(running)
 
-    def improve(search: LayerSearch) -> list[Stage]:
-        return _stages(search, max_moves, settings, Deadline(min(share, deadline.left())))
+    def improve(layer: int) -> bool:
+        own = Deadline(min(share, deadline.left()))
+        return _add_stages(stages[layer], start(layer), max_moves, settings, deadline, own)
 
-    stages = list(pool.map(improve, searches))
-    return choose_stages(stages, max_moves)
+    futures = [pool.submit(improve, layer) for layer in range(len(running))]
+    try:
+        ended = [future.result() for future in futures]
+        return stages, any(ended)
+    except KeyboardInterrupt:
+        deadline.told = True
+        wait(futures)
+        return stages, True
 
 
-def _stages(search: LayerSearch, max_moves: int, settings: SolverSettings, deadline: Deadline) -> list[Stage]:
-    """Placements of one layer, in the order of moves: the most gainful changes first.
+def _add_stages(
+    stages: list[Stage],
+    search: LayerSearch,
+    max_moves: int,
+    settings: SolverSettings,
+    deadline: Deadline,
+    own: Deadline,
+) -> bool:
+    """Append placements of one layer, in the order of gains: the most gainful changes first; whether time ended it.
 
-    Half of the time goes to judging random changes of the running placement, half to taking the best of them.
+    Half of the layer's time goes to judging random changes of the running placement, half to taking the best of them.
     """
     running, first = search.held, search.value
     rng = np.random.default_rng([settings.seed, search.layer])
-    half = Deadline(deadline.left() / 2)
+    half = Deadline(own.left() / 2)
     judged: list[tuple[float, int, Change]] = []
     for number in range(settings.search_rounds * PROPOSALS_PER_ROUND):
-        if half.passed():
+        if deadline.passed() or half.passed():
             break
         change = search.propose(rng)
-        if change is not None and (gain := search.gain_of(change)) > 0:
+        if change is not None and len(change.added) <= max_moves and (gain := search.gain_of(change)) > 0:
             judged.append((-gain / max(1, len(change.added)), number, change))
-    stages = [Stage(0, 0.0, running)]
     for _, _, change in sorted(judged, key=lambda entry: entry[:2]):
-        if deadline.passed():
+        if deadline.passed() or own.passed():
             break
-        if not change.fits(search.held, search.slots_per_gpu) or search.take_if_better(change) <= 0:
+        if not change.fits(search.held, search.slots_per_gpu):
             continue
-        moves = count_moves(running, search.held)
-        if moves > max_moves:
-            break
-        stages.append(Stage(moves, first - search.value, search.held))
-    return stages
+        moves = count_moves(running, change.apply(search.held))
+        if moves <= max_moves and search.take_if_better(change) > 0:
+            stages.append(Stage(moves, first - search.value, search.held))
+    return half.passed() or deadline.passed()
 
 
 def count_moves(before: Held, after: Held) -> int:

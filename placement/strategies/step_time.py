@@ -23,7 +23,7 @@ from placement.slots import Slots, share_experts, sorted_slots
 from placement.strategies import load_strategy
 from placement.strategies.ilp import solve_ilp
 from placement.strategies.layer_search import Deadline, LayerSearch
-from placement.strategies.replan import best_moves
+from placement.strategies.replan import choose_stages, find_stages
 
 #: Passes over all layers; after each progress is told, and in ``coherent`` the neighbours are renewed.
 PASSES = 8
@@ -141,6 +141,7 @@ class _StepTime:
         found = load_strategy(strategy)(problem, brief, lambda line: None)
         if any(note.startswith("interrupted") for note in found.notes):
             self._interrupt()
+        self.cut_short |= any("time limit" in note for note in found.notes)
         return found.slots
 
     def _improve(self, pool: ThreadPoolExecutor, held: list[Held]) -> list[Held]:
@@ -150,22 +151,21 @@ class _StepTime:
         if self.steps.chained:
             parities = [range(0, num_layers, 2), range(1, num_layers, 2)]
         self.tasks_left = PASSES * num_layers
-        value = self._value(held)
-        for number in range(PASSES):
-            if self.deadline.passed():
-                break
-            for layers in parities:
-                futures = [(layer, pool.submit(self._improve_layer, layer, list(held), number)) for layer in layers]
-                for layer, future in futures:
-                    try:
+        try:
+            value = self._value(held)
+            for number in range(PASSES):
+                if self.deadline.passed():
+                    break
+                for layers in parities:
+                    futures = [(layer, pool.submit(self._improve_layer, layer, list(held), number)) for layer in layers]
+                    for layer, future in futures:
                         held[layer] = future.result()
-                    except KeyboardInterrupt:
-                        self._interrupt()
-                        held[layer] = future.result()
-            before, value = value, self._value(held)
-            self._tell(value)
-            if before - value < CONVERGED * value:
-                break
+                before, value = value, self._value(held)
+                self._tell(value)
+                if before - value < CONVERGED * value:
+                    break
+        except KeyboardInterrupt:
+            self._interrupt()
         if (self.cut_short or self.deadline.passed()) and not self.deadline.told:
             self.notes.append(CUT_SHORT)
         return held
@@ -185,15 +185,23 @@ class _StepTime:
     def _replan(self, pool: ThreadPoolExecutor, running: Slots, max_moves: int) -> list[Held]:
         """The best placement that moves at most so many copies from the running one."""
         held = [held_experts(layer, self.problem.num_experts) for layer in running]
-        searches = []
-        try:
-            for layer, held_EG in enumerate(held):
-                neighbours = self.steps.neighbours(layer, held)
-                searches.append(LayerSearch(self.steps, layer, held_EG, self.problem.slots_per_gpu, neighbours))
-            return best_moves(pool, searches, max_moves, self.settings, self.deadline)
-        except KeyboardInterrupt:
-            self._interrupt()
-            return held
+
+        def start(layer: int) -> LayerSearch:
+            neighbours = self.steps.neighbours(layer, held)
+            return LayerSearch(self.steps, layer, held[layer], self.problem.slots_per_gpu, neighbours)
+
+        stages, cut_short = find_stages(pool, start, held, max_moves, self.settings, self.deadline)
+        if self.deadline.told:
+            self.notes.append(INTERRUPTED)
+        elif cut_short:
+            self.notes.append(CUT_SHORT)
+        if not self.steps.chained:
+            return choose_stages(stages, max_moves)
+        # Gains of adjacent layers do not add up where one is the other's home: those of one parity do.
+        stay = [layer[:1] for layer in stages]
+        choices = [stages, [s if n % 2 else stages[n] for n, s in enumerate(stay)]]
+        choices += [[stages[n] if n % 2 else s for n, s in enumerate(stay)], stay]
+        return min((choose_stages(choice, max_moves) for choice in choices), key=self._value)
 
     def _value(self, held: list[Held]) -> float:
         return float(sum(values.sum() for values in self.steps.layer_values(held)))

@@ -42,7 +42,7 @@ def test_unknown_size_of_an_expert_leaves_memory_unchecked_but_does_not_fill():
     cluster = make_cluster([10, 10])
     assert slot_budget(cluster, 30, 24, 20, None) == (20, 20)
     assert slot_budget(cluster, 31, 24, None, None) == (16, 15)
-    with pytest.raises(ProblemError, match="give expert_bytes"):
+    with pytest.raises(ProblemError, match="size of an expert"):
         slot_budget(cluster, 30, 24, "fill", None)
 
 

@@ -109,6 +109,8 @@ def test_counts_are_balanced(counts_file, tmp_path, capsys):
         (["top_k=2"], "objective=balance"),
         (["top_k=2", "objective=locality"], "objective=balance"),
         (["objective=balance"], "top_k="),
+        (["objective=balance", "top_k=2", "objective.pairs=top1"], "first choices"),
+        (["objective=balance", "top_k=2", "max_moves=3"], "max_moves"),
         (["objective=balance", "top_k=2", "strategy=exflow"], "counts alone"),
         (["objective=balance", "top_k=2", "strategy=moetuner"], "counts alone"),
     ],
