@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from placement.atomic import write_atomically
-from placement.comparison import compare_strategies, comparison_facts
+from placement.comparison import LEFT_OUT, compare_strategies, comparison_facts
 from placement.held_out import has_domains
 from placement.plots import check_plot, plot_comparison
 from placement.problem import Progress
@@ -49,9 +49,13 @@ def run(flags: argparse.Namespace, config: Mapping[str, Any], console: Console, 
     with RoutingTrace.open(flags.trace) as trace:
         cluster, rows = compare_strategies(trace, settings, flags.plan, progress)
         shared = comparison_facts(trace, cluster, settings)
+        assumed = trace.expert_bytes is None
         skipped = "domains" in settings.held_out and not has_domains(trace)
     print_comparison(console, cluster, rows, settings, shared["slots"] // shared["layers"])
-    print_lines(console, [NO_DOMAINS] if skipped else [])
+    notes = [f"{name}: {LEFT_OUT}" for name in settings.left_out] + ([NO_DOMAINS] if skipped else [])
+    if assumed:
+        notes.append(f"the trace does not tell expert_bytes: workload.expert_bytes={shared['expert_bytes']} is assumed")
+    print_lines(console, notes)
     if flags.output is not None:
         flat = [shared | facts for row in rows for facts in row.to_rows()]
         document = describe_run(("numpy", "numba", "pulp", "highspy", "scipy")) | {"rows": flat}

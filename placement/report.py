@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
@@ -26,6 +27,11 @@ LONG_STEP_US = 10_000.0
 LEGEND = (
     "load: busiest GPU / mean; active: busiest GPU's active experts / even share; "
     "µs: predicted time of a step's MoE layers; B: tokens per step"
+)
+
+INTERVALS = (
+    "±: half a 95% interval; it covers the draw of steps (localities, GPUs per token: of sequences) from these tokens "
+    "only, not other prompts"
 )
 
 
@@ -82,7 +88,8 @@ def print_comparison(
         metrics = {row.name: row.metrics for row in judged if row.metrics is not None}
         print_lines(console, [*_describe_leads(metrics, settings), ""])
     legend = f"{LEGEND}; copies: beyond the first of each expert, over all layers, of {slots_per_layer} slots per layer"
-    print_lines(console, [f"{legend}; ±: half a 95% interval; localities and GPUs per token: at the largest B"])
+    print_lines(console, [f"{legend}; localities and GPUs per token: at the largest B"])
+    print_lines(console, [INTERVALS])
 
 
 def _split_title(split: HeldOutSplit, cluster: str) -> str:
@@ -133,14 +140,17 @@ def _describe_leads(judged: Mapping[str, Metrics], settings: CompareSettings) ->
     if not judged:
         return []
     steps = settings.workload.steps()
-    lines = [_describe_lead(fastest(judged, size, settings.judge)) for size, _ in steps]
+    leads = [fastest(judged, size, settings.judge) for size, _ in steps]
+    lines = [_describe_lead(lead) for lead in leads]
     if len(steps) > 1:
         means = {
             name: sum(share * metrics.by_batch_size[size].step_us for size, share in steps)
             for name, metrics in judged.items()
         }
         least = min(means, key=lambda name: means[name])
-        lines.append(f"fastest over the workload's mix of these: {least}, {means[least]:.1f} µs")
+        lines.append(f"fastest over the workload's mix of these: {least}, {_significant(means[least])} µs")
+    if any(lead.interval is not None for lead in leads):
+        lines.append("these intervals cover the draw of steps from these tokens only, not other prompts")
     return lines
 
 
@@ -148,8 +158,20 @@ def _describe_lead(lead: Fastest) -> str:
     line = f"fastest at B={lead.batch_size}: {' = '.join(lead.plans)}"
     if lead.next_plan is None:
         return line
-    ends = "" if lead.interval is None else f"; 95% interval {lead.interval.low:.1f} to {lead.interval.high:.1f} µs"
-    return f"{line}, {lead.ahead_us:.1f} µs before {lead.next_plan} ({100 * lead.ahead:.2f}%{ends})"
+    line += f", {_significant(lead.ahead_us)} µs before {lead.next_plan} ({_significant(100 * lead.ahead)}%"
+    if lead.interval is None:
+        return f"{line})"
+    low, high = (_significant(end) for end in lead.interval)
+    return f"{line}; 95% interval {low} to {high} µs)"
+
+
+def _significant(value: float) -> str:
+    """A number to three significant digits and at most three decimals, without exponent and without ``-0``."""
+    rounded = round(value, 3)
+    if rounded == 0:
+        return "0"
+    decimals = min(3, max(0, 2 - math.floor(math.log10(abs(rounded)))))
+    return f"{rounded:.{decimals}f}"
 
 
 def describe_solution(objective: Objective, solution: Solution) -> str:

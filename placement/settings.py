@@ -31,6 +31,8 @@ COMPARED: dict[str, tuple[str, ObjectiveName]] = {
     "balance": ("ilp", "balance"),
     "step_time": ("step_time", "step_time"),
 }
+#: Strategies that optimise the objective they are given.
+FOLLOWS_OBJECTIVE = frozenset({"ilp", "step_time"})
 #: Fewer resamples have nothing between the ends of a 95% interval and their own ends.
 LEAST_RESAMPLES = 40
 
@@ -118,6 +120,11 @@ class CompareSettings:
     judge: Judge
     solver: SolverSettings
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Strategies that were asked for and have no row on this cluster."""
+        return tuple(name for name in self.strategies if name == "eplb_hierarchical" and self.cluster.nodes == 1)
+
     def rows(self) -> list[ComparedStrategy]:
         """Strategies to run, in order; the hierarchical one where there are several nodes (else it is EPLB)."""
         rows = []
@@ -125,7 +132,7 @@ class CompareSettings:
             strategy, objective = COMPARED[name]
             bound = self.max_load if name == "bounded_locality" else None
             shown = name if bound is None else f"locality ≤{bound:g}"
-            if name != "eplb_hierarchical" or self.cluster.nodes > 1:
+            if name not in self.left_out:
                 rows.append(ComparedStrategy(shown, strategy, Objective(objective, self.pairs, bound)))
         return rows
 

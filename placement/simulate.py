@@ -126,14 +126,18 @@ def simulate(
         The cluster with its coefficients, and one entry per strategy and plan.
 
     Raises:
-        InputError: the settings or a plan do not fit the trace or the cluster.
+        InputError: the settings or a plan do not fit the trace or the cluster, or no plan results.
     """
+    if not settings.strategies and not others:
+        raise ProblemError("strategies [] and no plan: name a strategy, for example strategies=[eplb], or a plan")
     cluster = resolve_cluster(settings.cluster, settings.model_size, trace.expert_bytes)
     rows = [
         SimulatedPlan(str(path), _given_plan(path, trace, cluster, settings.workload), seconds=None) for path in others
     ]
     if settings.strategies:
         rows = _solve_all(trace, cluster, settings, progress) + rows
+    if all(row.plan is None for row in rows):
+        raise ProblemError(f"no plan results; {rows[0].name}: {rows[0].problem}")
     routes = held_out_experts(trace, JUDGE_SPLIT)
     sizes, judge = settings.workload.batch_sizes, settings.judge
     for index, row in enumerate(rows):

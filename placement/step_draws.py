@@ -18,9 +18,10 @@ from placement.errors import ProblemError
 #: where an exchange depends on the plan, token–expert pairs. More cost time; with fewer a search fits the sample.
 HELD_IN_ALL = 1_200_000
 LEAST_HELD, MOST_HELD = 16_384, 49_152
-#: Bounds on the number of steps per batch size; where these would hold too many tokens, a few steps must do.
-FEWEST_STEPS, MOST_STEPS = 64, 4096
-MOST_TOKENS, LEAST_STEPS = 2**19, 8
+#: Bounds on the number of steps per batch size; where these would draw too many pairs (tokens × layers × choices), a
+#: few steps must do.
+FEWEST_STEPS, MOST_STEPS = 32, 4096
+MOST_DRAWN, LEAST_STEPS = 32_000_000, 8
 #: Tokens up to which steps of one token are not drawn but all used, equal ones once.
 MOST_TOKENS_AT_ONCE = 65_536
 
@@ -104,7 +105,8 @@ def draw_group(
     moves = exchange != "allreduce" and cluster.num_gpus > 1
     held = min(MOST_HELD, max(LEAST_HELD, HELD_IN_ALL // num_layers))
     held_by_step = num_tokens * top_k if moves else min(num_tokens * top_k, num_experts)
-    steps = min(max(FEWEST_STEPS, min(MOST_STEPS, held // held_by_step)), max(LEAST_STEPS, MOST_TOKENS // num_tokens))
+    affordable = max(LEAST_STEPS, MOST_DRAWN // (num_tokens * num_layers * top_k))
+    steps = min(max(FEWEST_STEPS, min(MOST_STEPS, held // held_by_step)), affordable)
     tokens_NB = _draw_tokens(available, steps, num_tokens, sequence_T, np.random.default_rng(seed))
     active, tokens = [], []
     for layer in range(num_layers):

@@ -40,7 +40,7 @@ def _start(layout: EngineLayout, path: Path) -> list[str]:
     return [
         f"--enable-expert-parallel --enable-eplb --eplb-config {shlex.quote(json.dumps(config))}",
         vllm_ranks(layout),
-        "vLLM moves the experts again after step_interval steps: raise it in --eplb-config to keep this placement",
+        "vLLM will move the experts again after step_interval steps: raise it in --eplb-config to keep this placement",
     ]
 
 

@@ -39,7 +39,7 @@ MANY_TOKENS = 64
 LOAD_BOUNDS = (None, 1.15)
 
 #: A layer may take this many times its share of the time: layers differ, and no pass must starve the last ones.
-SLACK = 2.0
+SLACK = 4.0
 
 INTERRUPTED = "interrupted: this is the best placement found until then"
 CUT_SHORT = "the time limit ended the search: another run may find another plan"

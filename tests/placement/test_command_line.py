@@ -84,13 +84,36 @@ def test_compare_and_evaluate_agree(small_trace, tmp_path):
     rows = {(row["plan"], row["batch"]): row for row in document["rows"]}
     names = ["contiguous", "eplb", "locality", "locality ≤1.3", "balance", "step_time", "plan.json"]
     assert list(rows) == [(name, size) for name in names for size in (1, 8, 32)]
-    metrics = json.loads(evaluated.read_text())["metrics"]
+    evaluation = json.loads(evaluated.read_text())
+    own = rows["plan.json", 8]
+    shared = ("plan", "trace_sha256", "cluster", "exchange", "seed", "expert_bytes", "c1_us", "coefficients_source")
+    assert [evaluation[key] for key in shared] == [own[key] for key in shared]
+    assert (evaluation["split"], evaluation["batches"]) == ("odd", 50)
+    assert evaluation["repeats"]["8"] == own["repeats"] == 50
+    metrics = evaluation["metrics"]
     for size in (1, 8, 32):
         row, same = rows["plan.json", size], rows["step_time", size]
         for name, value in metrics.items():
             assert row[name] == same[name] == (value[str(size)] if isinstance(value, dict) else value)
     assert rows["balance", 8]["load_mean"] < rows["locality", 8]["load_mean"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_says_where_the_size_of_an_expert_comes_from(small_trace, tmp_path, capsys):
+    bare = write_routes(tmp_path / "bare.safetensors", make_routes(0, 800, 4, 8, 2), 8)
+    solved, plan = tmp_path / "solved.json", contiguous_plan("test-model", 8, 2, [0, 1, 2, 3], 2)
+    plan.save(tmp_path / "plan.json")
+    assert main(["solve", "--trace", str(small_trace), "-o", str(solved), "cluster=h200x2", *QUICK]) == 0
+    capsys.readouterr()
+    for trace, path, note in (
+        (bare, tmp_path / "plan.json", "expert_bytes: 9437184 is assumed, from the setting"),
+        (bare, solved, "expert_bytes: 1000 is assumed, from the plan's cluster"),
+        (small_trace, solved, None),
+    ):
+        command = ["evaluate", "--trace", str(trace), "--plan", str(path), "cluster=h200x2", "judge.batches=20"]
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert note in printed if note else "is assumed" not in printed
 
 
 def test_compare_says_which_strategy_found_nothing(tmp_path, capsys):

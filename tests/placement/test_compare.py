@@ -1,41 +1,24 @@
 """Comparisons: what is held out, what the rows say, differences to the reference, tables and pictures."""
 
-import argparse
 import json
 from dataclasses import replace
-from io import StringIO
 
-import numpy as np
 import pytest
-from rich.console import Console
 
 from conf import compose
-from placement.compare_command import NO_DOMAINS, add_arguments, run
-from placement.comparison import compare_strategies
+from placement.compare_command import NO_DOMAINS
 from placement.errors import ProblemError
 from placement.evaluation import evaluate_routes
 from placement.held_out import has_domains, splits
 from placement.plots import COLOURS, MARKERS
 from placement.settings import COMPARED, compare_settings
 from placement.uncertainty import fastest
-from profiler.trace_format import RoutingTrace, TraceWriter
+from profiler.trace_format import RoutingTrace
+from tests.support.comparisons import QUICK, command, compare, write_domains
 from tests.support.routes import make_routes, write_routes
 
-QUICK = ("cluster=h200x2", "judge.batches=60", "judge.resamples=100", "solver.search_rounds=20")
 SHORT = (*QUICK, "strategies=[contiguous,eplb,balance,step_time]")
 METRICS = ("step_us", "active_ratio", "gpus_per_token", "pair_locality", "top1_transition_locality")
-
-
-def write_domains(path, lengths, routes=None):
-    """A trace of sequences (domain, tokens); no domain where the name is None."""
-    routes = make_routes(3, sum(tokens for _, tokens in lengths), 3, 8, 2) if routes is None else routes
-    with TraceWriter(
-        path, model="m", num_experts=8, layer_ids=[0, 1, 2], top_k=2, weights=False, token_ids=False
-    ) as writer:
-        for name, tokens in lengths:
-            part, routes = routes[:tokens], routes[tokens:]
-            writer.add_sequence(part, decode=np.ones(tokens, dtype=np.uint8), domain=name)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +28,8 @@ def domain_trace(tmp_path_factory):
     return write_domains(path, lengths)
 
 
-def compare(path, *overrides, others=()):
-    with RoutingTrace.open(path) as trace:
-        return compare_strategies(trace, compare_settings(compose("compare", overrides)), others, lambda line: None)
-
-
 def metrics_of(rows):
     return {row.name: row.metrics for row in rows}
-
-
-def command(path, *arguments, width=110):
-    """Run the verb; returns what it prints."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    flags, overrides = parser.parse_known_args(["--trace", str(path), *map(str, arguments)])
-    out = StringIO()
-    run(flags, compose("compare", overrides), Console(file=out, width=width), lambda line: None)
-    return out.getvalue()
 
 
 def test_domains_go_to_the_half_with_fewer_tokens(tmp_path):
@@ -238,6 +206,8 @@ def test_tables_say_what_was_held_out_and_which_is_fastest(domain_trace, tmp_pat
     for size in (1, 8, 32):
         assert printed.count(f"fastest at B={size}: ") == 2
     assert printed.count("mix of these: ") == 2
+    assert printed.count("from these tokens only, not other prompts") == 3
+    assert "-0 " not in printed
     assert "±" in printed.split("fastest")[0]
     assert max(map(len, printed.split("Held-out")[1].splitlines()[1:-2])) <= 110
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
@@ -257,14 +227,12 @@ def test_a_narrow_console_has_no_intervals_and_missing_domains_are_told(small_tr
     assert NO_DOMAINS not in command(small_trace, *SHORT, "held_out=[sequences]")
 
 
-def test_nothing_to_draw_where_nothing_was_found(tmp_path):
+def test_no_plan_at_all_is_refused(tmp_path):
     path = write_routes(tmp_path / "skewed.safetensors", make_routes(2, 400, 2, 8, 1), 8)
     settings = ("cluster=h200x8", "max_load=1.0", "strategies=[bounded_locality]", "judge.batches=20")
-    with pytest.raises(ProblemError, match="nothing to draw"):
+    with pytest.raises(ProblemError, match=r"no plan results; locality ≤1: .*the least load found"):
         command(path, "-o", tmp_path / "c.json", "--plot", tmp_path / "c.png", *settings)
-    (row,) = json.loads((tmp_path / "c.json").read_text())["rows"]
-    assert "the least load found" in row["problem"]
-    assert not (tmp_path / "c.png").exists()
+    assert not list(tmp_path.glob("c.*"))
 
 
 def test_every_plan_looks_different():

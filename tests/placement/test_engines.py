@@ -147,6 +147,13 @@ def test_export_and_import_by_command_line(tmp_path, capsys, name):
     assert shlex.quote(str(exported)) in printed or json.dumps(str(exported)) in printed
     assert "dispatch rule, 'level'" in printed
     assert ("wrote 4 layers" in printed) == (name == "sglang")
+    ranks = {"sglang": "--tp-size 2 --ep-size 2", "trtllm": "--tp_size 2 --ep_size 2"}
+    assert ranks.get(name, "--tensor-parallel-size and --data-parallel-size so that their product is 2") in printed
+    assert ("move the experts again" in printed) == (name in ("sglang", "vllm-41141", "vllm-49572"))
+    if name != "sglang":
+        assert run("export", "--plan", plan, "--to", name, "-o", tmp_path / "other.json", "num_layers=9") == 2
+        assert "leave num_layers away" in capsys.readouterr().err
+        assert not (tmp_path / "other.json").exists()
     assert run("import", "--from", name, exported, "--like", plan, "-o", imported) == 0
     found = PlacementPlan.load(imported)
     same = ("slots", "model", "model_fingerprint", "num_experts", "top_k", "layer_ids", "cluster", "workload")

@@ -130,6 +130,13 @@ def test_plans_made_before(small_trace, tmp_path):
         simulate_small(other, "strategies=[]", others=[tmp_path / "plan.json"])
 
 
+def test_nothing_to_simulate_is_refused(small_trace):
+    with pytest.raises(ProblemError, match=r"strategies \[\] and no plan"):
+        simulate_small(small_trace, "strategies=[]")
+    with pytest.raises(ProblemError, match=r"no plan results; step_time: .*dispatch\.rule level"):
+        simulate_small(small_trace, "strategies=[step_time]", "slots_per_gpu=1", "dispatch.rule=nearest")
+
+
 def test_command_prints_and_writes(small_trace, tmp_path):
     parser = argparse.ArgumentParser()
     add_arguments(parser)
