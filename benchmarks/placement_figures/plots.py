@@ -41,10 +41,12 @@ def draw_locality(rows: list[Row]) -> Figure:
         axis.plot(
             [r["load_mean"] for r in curve], [r["pair_locality"] for r in curve], "o-", color=OURS, label="locality"
         )
-        for row in curve:
+        for number, row in enumerate(curve):
             name = "unbounded" if row["max_load"] is None else f"≤ {row['max_load']:g}"
             place = (row["load_mean"], row["pair_locality"])
-            axis.annotate(name, place, (-4, 5), textcoords="offset points", fontsize=7, ha="right")
+            # Neighbours stand close: every other label goes below its point.
+            offset, side = ((5, -9), "left") if number % 2 and row is not curve[-1] else ((-4, 5), "right")
+            axis.annotate(name, place, offset, textcoords="offset points", fontsize=7, ha=side)
         others = [row for row in points if not row["plan"].startswith("locality")]
         for row, marker in zip(others, MARKERS, strict=False):
             colour = OURS if row["strategy"] == "ilp" else OTHERS
@@ -76,7 +78,7 @@ def draw_step_time(rows: list[Row]) -> Figure:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
         axis.set(title=f"{cluster}, +{DRAWN_EXTRA}% slots", xlabel="tokens per step", ylabel="step time / step_time's")
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7)
     return figure
 
 
