@@ -39,8 +39,8 @@ def print_metrics(console: Console, rows: Mapping[str, Metrics], title: str) -> 
     """Two tables, one row per plan: load and locality; active ratio and step time by tokens per step (B)."""
     sizes = list(next(iter(rows.values())).by_batch_size)
     print_lines(console, [title])
-    placement = _table("load\nmean", "load\nmax", "pair\nlocality", "top-1\nlocality", "GPUs per\ntoken")
-    steps = _table(*(f"active\nB={size}" for size in sizes), *(f"µs\nB={size}" for size in sizes))
+    placement = plan_table("load\nmean", "load\nmax", "pair\nlocality", "top-1\nlocality", "GPUs per\ntoken")
+    steps = plan_table(*(f"active\nB={size}" for size in sizes), *(f"µs\nB={size}" for size in sizes))
     for name, metrics in rows.items():
         by_size = [metrics.by_batch_size[size] for size in sizes]
         last = by_size[-1]
@@ -53,7 +53,8 @@ def print_metrics(console: Console, rows: Mapping[str, Metrics], title: str) -> 
     print_lines(console, [LEGEND])
 
 
-def _table(*columns: str) -> Table:
+def plan_table(*columns: str) -> Table:
+    """An empty table with one row per plan: its name, then figures, aligned to the right."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("plan")
     for column in columns:
@@ -104,7 +105,7 @@ def _placement_table(rows: Sequence[ComparedPlan], with_intervals: bool) -> Tabl
     """Loads stand without ±: their intervals are not symmetric (see ``placement.bootstrap``)."""
     names = ("pair_locality", "top1_transition_locality", "gpus_per_token")
     heads = ("pair\nlocality", "top-1\nlocality", "GPUs per\ntoken")
-    table = _table("load\nmean", "load\nmax", *heads, "copies", "solved\nin s")
+    table = plan_table("load\nmean", "load\nmax", *heads, "copies", "solved\nin s")
     for row in rows:
         assert row.metrics is not None
         size = max(row.metrics.by_batch_size)
@@ -119,7 +120,7 @@ def _placement_table(rows: Sequence[ComparedPlan], with_intervals: bool) -> Tabl
 
 def _steps_table(rows: Sequence[ComparedPlan], with_intervals: bool) -> Table:
     sizes = list(rows[0].uncertainty)
-    table = _table(*(f"active\nB={size}" for size in sizes), *(f"µs\nB={size}" for size in sizes))
+    table = plan_table(*(f"active\nB={size}" for size in sizes), *(f"µs\nB={size}" for size in sizes))
     for row in rows:
         assert row.metrics is not None
         cells = [f"{row.metrics.by_batch_size[size].active_ratio:.3f}" for size in sizes]

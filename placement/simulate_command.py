@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from placement.atomic import write_atomically
 from placement.cluster import Cluster
 from placement.problem import Progress
 from placement.provenance import describe_run
-from placement.report import print_lines
+from placement.report import plan_table, print_lines
 from placement.simulate import SimulatedPlan, SimulateSettings, memory_bytes, simulate, simulate_settings
 from profiler.trace_format import RoutingTrace
 from profiler.trace_header import require_output
@@ -64,8 +62,8 @@ def print_simulation(
     console: Console, cluster: Cluster, rows: Sequence[SimulatedPlan], settings: SimulateSettings
 ) -> None:
     """Two tables: one row per plan, and one per plan and number of tokens in a step."""
-    plans = _table("load\nmean", "load\nmax", "GPUs per\ntoken", "GB per GPU\nof experts", "solved\nin s")
-    steps = _table("B", "step\nµs", "experts\nµs", "exchange\nµs", "active", "NVLink\nMB", "network\nMB")
+    plans = plan_table("load\nmean", "load\nmax", "GPUs per\ntoken", "GB per GPU\nof experts", "solved\nin s")
+    steps = plan_table("B", "step\nµs", "experts\nµs", "exchange\nµs", "active", "NVLink\nMB", "network\nMB")
     for row in rows:
         if row.plan is None or row.metrics is None:
             continue
@@ -88,14 +86,6 @@ def print_simulation(
     console.print(plans)
     console.print(steps)
     print_lines(console, [LEGEND])
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("plan")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _size(cluster: Cluster) -> str:

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from placement.problem import PlacementProblem, Progress, Solution, SolverSettings
 from placement.slots import share_experts, slots_from_gpu
 from placement.strategies.locality_program import is_tractable, solve_locality_program
-from placement.strategies.sweeps import assignment_sweeps
+from placement.strategies.sweeps import assignment_sweeps, greedy_chain
 from placement.strategies.window_program import solve_window
 
 #: Layer-by-layer assignments that are tried as a start, each from another first layer.
@@ -109,11 +108,7 @@ class _ExFlow:
         slot_gpu = np.repeat(np.arange(len(sizes)), sizes).astype(np.intp)
         best = np.tile(slot_gpu, (len(transitions) + 1, 1))
         for index in range(STARTS if transitions.any() else 0):
-            gpu = np.tile(rng.permutation(slot_gpu) if index else slot_gpu, (len(best), 1))
-            for layer, counts in enumerate(transitions):
-                gains = counts.T @ np.eye(len(sizes))[gpu[layer]]
-                experts, slots = linear_sum_assignment(gains[:, slot_gpu], maximize=True)
-                gpu[layer + 1, experts] = slot_gpu[slots]
+            gpu = greedy_chain(transitions, sizes, rng.permutation(slot_gpu) if index else None)
             gpu = assignment_sweeps(transitions, gpu, sizes)
             if not index or _kept(transitions, gpu) > _kept(transitions, best):
                 best = gpu

@@ -53,15 +53,18 @@ def assignment_sweeps(
     return placed
 
 
-def greedy_chain(transitions: NDArray[np.number[Any]], sizes: Sequence[int]) -> NDArray[np.intp]:
+def greedy_chain(
+    transitions: NDArray[np.number[Any]], sizes: Sequence[int], first: NDArray[np.intp] | None = None
+) -> NDArray[np.intp]:
     """Assign one layer after the other optimally to the layer before: a first placement, intp [L, E].
 
     Args:
         transitions: [L-1, E, E].
         sizes: experts on each GPU; loads are not bounded.
+        first: GPU of every expert of the first layer, intp [E]; None for the order of ids.
     """
     slot_gpu = np.repeat(np.arange(len(sizes)), sizes).astype(np.intp)
-    placed = [slot_gpu]
+    placed = [slot_gpu if first is None else first]
     for counts in transitions:
         gains = counts.T @ np.eye(len(sizes))[placed[-1]]
         _, slots = linear_sum_assignment(gains[:, slot_gpu], maximize=True)
