@@ -24,7 +24,7 @@ from placement.settings import FOLLOWS_OBJECTIVE, CompareSettings, resolve_clust
 from placement.slots import Slots
 from placement.strategies import solve
 from placement.uncertainty import BatchUncertainty, uncertainty_of
-from placement.workflow import build_problem, solver_section
+from placement.workflow import build_problem, plan_for, solver_section
 from profiler.trace_format import RoutingTrace
 
 #: Why a strategy has no row.
@@ -136,7 +136,10 @@ def compare_strategies(
     most = trace.num_layers * sum(_budget(trace, cluster, settings))
     taken = [row.name for row in strategies] + [path.name for path in others]
     plans = [
-        (path.name if taken.count(path.name) == 1 else str(path), _compatible_plan(path, trace, cluster, settings))
+        (
+            path.name if taken.count(path.name) == 1 else str(path),
+            plan_for(path, trace, cluster, settings.workload),
+        )
         for path in dict.fromkeys(others)
     ]
     compared = []
@@ -261,12 +264,3 @@ def _bare_plan(trace: RoutingTrace, settings: CompareSettings, slots: Slots) -> 
         workload=settings.workload,
         dispatch=settings.dispatch,
     )
-
-
-def _compatible_plan(path: Path, trace: RoutingTrace, cluster: Cluster, settings: CompareSettings) -> PlacementPlan:
-    """A plan file with the comparison's exchange, refused where it fits neither trace nor cluster."""
-    plan = PlacementPlan.load(path)
-    plan.check_model(trace.num_experts, trace.top_k, trace.layer_ids, trace.model_fingerprint)
-    if plan.num_gpus != cluster.num_gpus:
-        raise ProblemError(f"plan {path} is for {plan.num_gpus} GPUs, cluster {cluster.name} has {cluster.num_gpus}")
-    return replace(plan, workload=settings.workload)

@@ -42,7 +42,7 @@ from placement.settings import (
 )
 from placement.slots import Slots
 from placement.strategies import STRATEGIES, solve
-from placement.workflow import JUDGE_SPLIT, SOLVE_SPLIT
+from placement.workflow import JUDGE_SPLIT, SOLVE_SPLIT, plan_for
 from profiler.statistics import collect_statistics
 from profiler.trace_format import RoutingTrace
 
@@ -132,7 +132,7 @@ def simulate(
         raise ProblemError("strategies [] and no plan: name a strategy, for example strategies=[eplb], or a plan")
     cluster = resolve_cluster(settings.cluster, settings.model_size, trace.expert_bytes)
     rows = [
-        SimulatedPlan(str(path), _given_plan(path, trace, cluster, settings.workload), seconds=None) for path in others
+        SimulatedPlan(str(path), plan_for(path, trace, cluster, settings.workload), seconds=None) for path in others
     ]
     if settings.strategies:
         rows = _solve_all(trace, cluster, settings, progress) + rows
@@ -198,15 +198,3 @@ def _simulated_problem(trace: RoutingTrace, cluster: Cluster, settings: Simulate
         workload=settings.workload,
         dispatch=settings.dispatch,
     )
-
-
-def _given_plan(path: Path, trace: RoutingTrace, cluster: Cluster, workload: Workload) -> PlacementPlan:
-    """A plan file with the simulated workload, refused where it fits neither trace nor cluster."""
-    plan = PlacementPlan.load(path)
-    plan.check_model(trace.num_experts, trace.top_k, trace.layer_ids, trace.model_fingerprint)
-    if plan.num_gpus != cluster.num_gpus:
-        raise ProblemError(
-            f"plan {path} is for {plan.num_gpus} GPUs, cluster {cluster.name} has {cluster.num_gpus}: "
-            "name a cluster of as many GPUs"
-        )
-    return replace(plan, workload=workload)

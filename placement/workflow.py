@@ -219,6 +219,22 @@ def build_problem(
     )
 
 
+def plan_for(path: Path, trace: RoutingTrace, cluster: Cluster, workload: Workload) -> PlacementPlan:
+    """A plan file with another workload, to be judged on a trace and a cluster.
+
+    Raises:
+        InputError: the plan cannot be read, or does not fit the trace or the cluster.
+    """
+    plan = PlacementPlan.load(path)
+    plan.check_model(trace.num_experts, trace.top_k, trace.layer_ids, trace.model_fingerprint)
+    if plan.num_gpus != cluster.num_gpus:
+        raise ProblemError(
+            f"plan {path} is for {plan.num_gpus} GPUs, cluster {cluster.name} has {cluster.num_gpus}: "
+            "name a cluster of as many GPUs"
+        )
+    return replace(plan, workload=workload)
+
+
 def portable_model(model: str, output: Path) -> str:
     """A hub id as it is, a local path relative to the plan file."""
     if not Path(model).exists():
