@@ -7,25 +7,42 @@ experts, P physical slots, K choices per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from tokenize import TokenError
+from typing import Any, Literal
 
 import numpy as np
 
 from profiler.importers.recording import ModelFacts, RecordedCounts, RecordingError
 
+#: What numpy raises for a damaged ``.npy`` file; it evaluates the header as Python's literals, hence the syntax.
+NPY_ERRORS = (
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    TokenError,
+)
+
+#: Which layers an engine's rows stand for.
+Rows = Literal["decoder layers", "MoE layers", "either"]
+
 _SHOWN_CHARACTERS = 60
 
 
 def moe_rows(
-    num_rows: int, used: np.ndarray | None, facts: ModelFacts, where: str
+    num_rows: int, meaning: Rows, used: np.ndarray | None, facts: ModelFacts, where: str
 ) -> tuple[np.ndarray, tuple[int, ...]]:
     """Which rows of a recording are MoE layers, and which decoder layers they are.
 
-    Rows are either the MoE layers alone or all decoder layers. Where the model's layers are not known, the rows that
-    were used are the MoE layers, numbered as decoder layers.
+    Where the model's layers are not known, those rows of all decoder layers that were used are the MoE layers.
 
     Args:
         num_rows: R.
+        meaning: whether the engine has a row for every decoder layer, for MoE layers alone, or either.
         used: bool ``[R]``, rows with any route or count; None where the recording cannot tell.
         facts: the model.
         where: file, for messages.
@@ -37,20 +54,20 @@ def moe_rows(
         RecordingError: the rows are not those of this model, or a MoE layer was not recorded.
     """
     if facts.layer_ids is None:
-        if used is None:
+        if used is None or meaning != "decoder layers":
             raise RecordingError(f"{where}: does not tell which decoder layers are MoE; add --layers, such as 3-60")
         if not used.any():
             raise RecordingError(f"{where}: holds no routes; record while requests are served")
         rows = np.flatnonzero(used)
         return rows, tuple(int(row) for row in rows)
     layer_ids = np.asarray(facts.layer_ids)
-    if num_rows == len(layer_ids):
+    if num_rows == len(layer_ids) and meaning != "decoder layers":
         rows = np.arange(num_rows)
-    elif num_rows > layer_ids[-1] and num_rows == (facts.num_layers or num_rows):
+    elif layer_ids[-1] < num_rows == (facts.num_layers or num_rows) and meaning != "MoE layers":
         rows = layer_ids
     else:
         raise RecordingError(
-            f"{where}: has {num_rows} layers, {facts.model} has {len(layer_ids)} MoE layers up to layer "
+            f"{where}: has {num_rows} rows of layers, {facts.model} has {len(layer_ids)} MoE layers up to layer "
             f"{layer_ids[-1]}: a recording of another model; name its own model"
         )
     if used is not None:
@@ -62,6 +79,25 @@ def moe_rows(
             )
         require_recorded(used[rows], facts.layer_ids, where)
     return rows, facts.layer_ids
+
+
+def take_rows(rows_TRK: np.ndarray, rows: np.ndarray, facts: ModelFacts, where: str) -> np.ndarray:
+    """The MoE layers of routes with a row for every decoder layer; a dense layer's row holds 0 or −1 alone.
+
+    Returns:
+        Integer ``[T, L, K]``.
+
+    Raises:
+        RecordingError: a layer that is not MoE has routes.
+    """
+    routed = np.delete(rows_TRK, rows, axis=1) > 0
+    if routed.any():
+        layer = np.setdiff1d(np.arange(rows_TRK.shape[1]), rows)[np.flatnonzero(routed.any(axis=(0, 2)))[0]]
+        raise RecordingError(
+            f"{where}: routes in layer {layer}, which is not MoE in {facts.model}; name the model of the recording, with "
+            "its own --layers"
+        )
+    return rows_TRK[:, rows]
 
 
 def require_recorded(used: np.ndarray, layer_ids: tuple[int, ...], where: str) -> None:
@@ -150,14 +186,14 @@ def require_counts(counts: np.ndarray, where: str) -> None:
         raise RecordingError(f"{where}: holds the count {counts.min()}, expected >= 0; record it again")
 
 
-def finish_counts(counts_RE: np.ndarray, facts: ModelFacts, where: str) -> RecordedCounts:
+def finish_counts(counts_RE: np.ndarray, meaning: Rows, facts: ModelFacts, where: str) -> RecordedCounts:
     """Counts of all rows as counts of the MoE layers alone.
 
     Raises:
         RecordingError: they do not fit the model, or a MoE layer got nothing.
     """
     facts.agree("num_experts", counts_RE.shape[1], where)
-    rows, layer_ids = moe_rows(len(counts_RE), counts_RE.max(axis=1) > 0, facts, where)
+    rows, layer_ids = moe_rows(len(counts_RE), meaning, counts_RE.max(axis=1) > 0, facts, where)
     return RecordedCounts(layer_ids, counts_RE[rows])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from profiler.importers.checks import check_routes, moe_rows
+from profiler.importers.checks import NPY_ERRORS, check_routes, moe_rows
 from profiler.importers.recording import (
     ModelFacts,
     RecordedRoutes,
@@ -50,7 +50,7 @@ def read(
     def sequences() -> Iterator[RecordedSequence]:
         for path in paths:
             tokens = _load(path)
-            rows, _ = moe_rows(tokens.shape[1], None, facts, str(path))
+            rows, _ = moe_rows(tokens.shape[1], "MoE layers", None, facts, str(path))
             experts = tokens[:, rows, None]
             for start in range(0, len(experts), tokens_per_sequence or len(experts)):
                 part = experts[start : start + (tokens_per_sequence or len(experts))]
@@ -70,7 +70,7 @@ def _load(path: Path) -> np.ndarray:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except OSError as error:
         raise RecordingError(f"{path}: cannot be read ({error.strerror}); give ExFlow's .npy file") from error
-    except (ValueError, EOFError, TypeError, OverflowError, RecursionError, MemoryError) as error:
+    except NPY_ERRORS as error:
         raise RecordingError(f"{path}: not a .npy file of numbers, or cut short; record it again") from error
     if tokens.ndim != 2 or tokens.dtype.kind not in "iu" or not tokens.size:
         raise RecordingError(

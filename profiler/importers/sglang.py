@@ -76,7 +76,7 @@ def _read_counts(documents: Documents, facts: ModelFacts, remarks: Remarks) -> R
         if stat:
             remarks.say("stat sums over all ranks: where ranks share their tokens, counts are a multiple of the pairs")
     assert total is not None
-    return finish_counts(total, facts, where)
+    return finish_counts(total, "decoder layers", facts, where)
 
 
 def _stat_counts(document: Mapping[str, Any], where: str) -> np.ndarray:
@@ -186,6 +186,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         OverflowError,
     ) as error:
         raise RecordingError(
-            f"{path}: not a .pt file of tensors alone ({type(error).__name__}): damaged, or with code in it; record it again"
+            f"{path}: not a .pt file of tensors alone ({type(error).__name__}): damaged, or with code in it; "
+            "record it again"
         ) from None
     return require_mapping(document, str(path), "a dump of SGLang's expert distribution recorder")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from profiler.importers.checks import moe_rows, shown
+from profiler.importers.checks import moe_rows, shown, take_rows
 from profiler.importers.recording import (
     ModelFacts,
     RecordedRoutes,
@@ -48,7 +48,7 @@ def read_responses(paths: Sequence[Path], facts: ModelFacts, remarks: Remarks) -
         )
     top_k, num_experts = facts.top_k, facts.num_experts
     num_rows = facts.num_layers or facts.layer_ids[-1] + 1
-    rows, layer_ids = moe_rows(num_rows, None, facts, where)
+    rows, layer_ids = moe_rows(num_rows, "decoder layers", None, facts, where)
     width = num_rows * top_k
 
     def sequences() -> Iterator[RecordedSequence]:
@@ -61,7 +61,7 @@ def read_responses(paths: Sequence[Path], facts: ModelFacts, remarks: Remarks) -
                         f"{place}: {flat.size} ids, expected a multiple of {num_rows} layers times {top_k} "
                         "experts; name the model of the recording"
                     )
-                experts = flat.reshape(-1, num_rows, top_k)[:, rows]
+                experts = take_rows(flat.reshape(-1, num_rows, top_k), rows, facts, place)
                 sequence = answer_sequence(answer, index, experts, facts, layer_ids, remarks)
                 if sequence is not None:
                     yield sequence

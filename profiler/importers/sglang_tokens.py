@@ -154,7 +154,7 @@ def read_tokens(
     if first is None:
         raise RecordingError(f"{path}: holds no pass with tokens; record while requests are served")
     used = first.slots.max(axis=(1, 2)) >= 0
-    rows, layer_ids = moe_rows(len(used), used, facts, str(path))
+    rows, layer_ids = moe_rows(len(used), "decoder layers", used, facts, str(path))
     top_k = facts.agree("top_k", int((first.slots[rows] >= 0).any(axis=(0, 1)).sum()), str(path))
     map_RP = integer_array(document["last_physical_to_logical_map"], 2, f"{path}: last_physical_to_logical_map")
     num_experts = facts.agree("num_experts", mapped_experts(map_RP, str(path)), str(path))
@@ -259,8 +259,8 @@ def _read_pass(record: Mapping[str, Any], where: str, remarks: Remarks) -> _Pass
     if not routed[real].all():
         raise RecordingError(
             f"{where}: no routes for {(~routed[real]).sum()} of {real.sum()} tokens: they were scattered among ranks, "
-            "and their order is lost; record with data-parallel attention on every rank (--enable-dp-attention, --dp-size "
-            "equal to --tp-size), or in the mode per_pass"
+            "and their order is lost; record with data-parallel attention on every rank (--enable-dp-attention, "
+            "--dp-size equal to --tp-size), or in the mode per_pass"
         )
     remarks.count(_PADDING, int((~real).sum()))
     if not real.any():

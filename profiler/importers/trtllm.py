@@ -2,9 +2,9 @@
 
 Read in TensorRT-LLM's source: tensors are named ``"{iteration}_{layer}"``, layer the decoder layer, with the counts of
 logical experts ``[E]`` (``bincount``, int64; its documentation has int32); its own tool adds the ranks. A later variant
-adds ``rank*_raw.safetensors`` with the chosen ids ``[tokens, K]`` of an iteration under the same names. These tell neither
-which tokens are of one request nor prefill from decode, and an iteration run in parts keeps the last part alone: they
-make no trace.
+adds ``rank*_raw.safetensors`` with the chosen ids ``[tokens, K]`` of an iteration under the same names. These tell
+neither which tokens are of one request nor prefill from decode, and an iteration run in parts keeps the last part
+alone: they make no trace.
 
 Inferred: without attention data parallelism all ranks see the same tokens and write equal files; those count once.
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from profiler.importers.checks import finish_counts, integer_array, logical_counts, moe_rows
+from profiler.importers.checks import NPY_ERRORS, finish_counts, integer_array, logical_counts, moe_rows
 from profiler.importers.recording import (
     ModelFacts,
     RecordedCounts,
@@ -74,9 +74,7 @@ def _read_statistics(lines: Lines, source: str, facts: ModelFacts, remarks: Rema
         total = counts if total is None else total + counts
     if total is None:
         raise RecordingError(f"{source}: holds no record of type {_STATISTICS}; give the balancer's statistics")
-    if facts.layer_ids is None:
-        moe_rows(len(total), None, facts, source)  # rows are MoE layers, which the file does not name
-    return finish_counts(total, facts, source)
+    return finish_counts(total, "MoE layers", facts, source)
 
 
 def _read_responses(lines: Lines, source: str, facts: ModelFacts, remarks: Remarks) -> RecordedRoutes:
@@ -98,8 +96,10 @@ def _read_responses(lines: Lines, source: str, facts: ModelFacts, remarks: Remar
                         f"{where}: {rows_TRK.shape[2]} experts per token, expected {top_k}; name the recording's model"
                     )
                 top_k = rows_TRK.shape[2]
-                kept, _ = moe_rows(rows_TRK.shape[1], None, facts, where)
-                sequence = answer_sequence(told, index, rows_TRK[:, kept], facts, layer_ids, remarks)
+                kept, _ = moe_rows(rows_TRK.shape[1], "either", None, facts, where)
+                sequence = answer_sequence(
+                    told, index, take_rows(rows_TRK, kept, facts, where), facts, layer_ids, remarks
+                )
                 if sequence is not None:
                     yield sequence
 
@@ -138,7 +138,7 @@ def _decode(value: Any, what: str) -> np.ndarray:
             array = integer_array(np.lib.format.read_array(raw, allow_pickle=False), None, what)
         except RecordingError:
             raise
-        except (ValueError, EOFError, TypeError, OverflowError, MemoryError, RecursionError) as error:
+        except NPY_ERRORS as error:
             raise RecordingError(
                 f"{what} is not base64 of a .npy file of integers; keep the response as it came"
             ) from error
