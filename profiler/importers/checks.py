@@ -67,8 +67,8 @@ def moe_rows(
         rows = layer_ids
     else:
         raise RecordingError(
-            f"{where}: has {num_rows} rows of layers, {facts.model} has {len(layer_ids)} MoE layers up to layer "
-            f"{layer_ids[-1]}: a recording of another model; name its own model"
+            f"{where}: has {num_rows} rows of layers, {facts.model} has {len(layer_ids)} MoE layers up to "
+            f"layer {layer_ids[-1]}: a recording of another model; name its own model"
         )
     if used is not None:
         beyond = np.setdiff1d(np.flatnonzero(used), rows)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from profiler.importers.checks import NPY_ERRORS, finish_counts, integer_array, logical_counts, moe_rows
+from profiler.importers.checks import NPY_ERRORS, finish_counts, integer_array, logical_counts, moe_rows, take_rows
 from profiler.importers.recording import (
     ModelFacts,
     RecordedCounts,
