@@ -27,6 +27,9 @@ NPY_ERRORS = (
     TokenError,
 )
 
+#: Beyond what a trace's positions and token ids can hold.
+TOO_LARGE = 2**31
+
 #: Which layers an engine's rows stand for.
 Rows = Literal["decoder layers", "MoE layers", "either"]
 
@@ -94,8 +97,8 @@ def take_rows(rows_TRK: np.ndarray, rows: np.ndarray, facts: ModelFacts, where: 
     if routed.any():
         layer = np.setdiff1d(np.arange(rows_TRK.shape[1]), rows)[np.flatnonzero(routed.any(axis=(0, 2)))[0]]
         raise RecordingError(
-            f"{where}: routes in layer {layer}, which is not MoE in {facts.model}; name the model of the recording, with "
-            "its own --layers"
+            f"{where}: routes in layer {layer}, which is not MoE in {facts.model}; name the model of the recording, "
+            "with its own --layers"
         )
     return rows_TRK[:, rows]
 

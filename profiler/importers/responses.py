@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from profiler.importers.checks import check_routes, require_mapping, shown
+from profiler.importers.checks import TOO_LARGE, check_routes, require_mapping, shown
 from profiler.importers.recording import ModelFacts, RecordedSequence, RecordingError, Remarks
 
 _UNROUTED = "tokens without routes cut"
@@ -97,7 +97,7 @@ def read_answer(body: Mapping[str, Any], where: str) -> Answer:
 
 def _length(counts: Mapping[str, Any], name: str, where: str) -> int | None:
     value = counts.get(name)
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < TOO_LARGE):
         raise RecordingError(f"{where}: {name} is {shown(value)}, expected a number of tokens")
     return value
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from profiler.importers.checks import check_routes, integer_array, mapped_experts, moe_rows
+from profiler.importers.checks import TOO_LARGE, check_routes, integer_array, mapped_experts, moe_rows
 from profiler.importers.recording import (
     ModelFacts,
     RecordedRoutes,
@@ -234,15 +234,20 @@ def _read_pass(record: Mapping[str, Any], where: str, remarks: Remarks) -> _Pass
     slots = integer_array(record.get("topk_ids_of_layer"), 3, f"{where}: topk_ids_of_layer")
     token_ids = integer_array(record.get("input_ids"), 1, f"{where}: input_ids")
     positions = integer_array(record.get("positions"), 1, f"{where}: positions")
-    if mode not in (_EXTEND, _DECODE, _MIXED, _IDLE):
+    if not isinstance(mode, int) or mode not in (_EXTEND, _DECODE, _MIXED, _IDLE):
         raise RecordingError(
             f"{where}: forward mode {mode!r} is not extend, decode or both; record without speculative decoding"
         )
-    if not len(token_ids) == len(positions) == slots.shape[1] or (positions.size and positions.min() < 0):
+    if not len(token_ids) == len(positions) == slots.shape[1]:
         raise RecordingError(
             f"{where}: {len(token_ids)} tokens, {len(positions)} positions and routes of {slots.shape[1]} tokens, "
             "expected as many of each; record it again"
         )
+    for name, column in (("positions", positions), ("input_ids", token_ids)):
+        if column.size and not 0 <= column.min() <= column.max() < TOO_LARGE:
+            raise RecordingError(
+                f"{where}: {name} from {column.min()} to {column.max()}, expected 0 to {TOO_LARGE - 1}; record it again"
+            )
     routed = slots.max(axis=(0, 2), initial=-1) >= 0
     lengths: list[int] = []
     if mode == _IDLE:

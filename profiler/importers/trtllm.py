@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def read(paths: Sequence[Path], facts: ModelFacts, remarks: Remarks) -> Recorded
         if not folder.is_dir():
             raise RecordingError(f"{folder}: no directory; give the one named by EXPERT_STATISTIC_PATH")
         num_experts = _meta_info(folder, facts)
+        facts = replace(facts, num_experts=num_experts)  # of all directories
         _add_ranks(folder, num_experts, total, remarks)
     where = str(paths[0])
     beyond = [layer for layer in total if facts.layer_ids is not None and layer not in facts.layer_ids]

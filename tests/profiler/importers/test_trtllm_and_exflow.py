@@ -46,6 +46,16 @@ def test_pipeline_ranks_have_their_own_layers_and_a_draft_is_left_out(tmp_path: 
     assert "layers beyond the model's last (a draft's) left out: 1" in remarks.lines()
 
 
+def test_directories_add_and_must_be_of_one_model(tmp_path: Path) -> None:
+    folders = [write_statistics(tmp_path / str(n), [rank_counts(n)], 8, 2) for n in range(2)]
+    together = IMPORTERS["trtllm"](folders, ModelFacts("m"), Remarks())
+    assert isinstance(together, RecordedCounts)
+    np.testing.assert_array_equal(together.counts, read(folders[0]).counts + read(folders[1]).counts)
+    other = write_statistics(tmp_path / "other", [{"1_1": np.ones(9)}], 9, 2)
+    with pytest.raises(RecordingError, match="num_experts is 9, m has 8"):
+        IMPORTERS["trtllm"]([*folders, other], ModelFacts("m"), Remarks())
+
+
 def test_raw_ids_are_left_out_or_refused(tmp_path: Path) -> None:
     folder = write_statistics(tmp_path / "s", [rank_counts(0)], 8, 2)
     expected = read(folder).counts

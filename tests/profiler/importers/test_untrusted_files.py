@@ -19,14 +19,17 @@ from hypothesis import strategies as st
 from profiler.errors import InputError
 from profiler.importers import IMPORTERS, ModelFacts, RecordedRoutes, Remarks
 from tests.support.engine_recordings import (
+    EXTEND,
     npy_text,
     random_routes,
     sglang_text,
     slot_map,
+    token_record,
     write_lines,
     write_passes,
     write_stat,
     write_statistics,
+    write_tokens,
 )
 
 FACTS = ModelFacts("m", 8, 2, (0, 1))
@@ -101,6 +104,11 @@ def samples(folder: Path) -> dict[tuple[str, str], Path]:
     return {
         ("sglang", "s.pt"): write_stat(folder / "s.pt", np.ones((2, 2, 8), int)),
         ("sglang", "p.pt"): write_passes(folder / "p.pt", np.ones((2, 2, 8), int), slot_map(2, 8, 0)),
+        ("sglang", "k.pt"): write_tokens(
+            folder / "k.pt",
+            [token_record(0, EXTEND, range(5), range(5), routes, (0, 1), (2, 8), [5])],
+            slot_map(2, 8, 0),
+        ),
         ("sglang", "h.jsonl"): write_lines(
             folder / "h.jsonl", [{"meta_info": usage | {"routed_experts": sglang_text(routes)}}]
         ),
@@ -112,7 +120,7 @@ def samples(folder: Path) -> dict[tuple[str, str], Path]:
     }
 
 
-KINDS = ["s.pt", "p.pt", "h.jsonl", "v.jsonl", "b.jsonl", "e.npy", "t/rank0.safetensors", "t/meta_info.json"]
+KINDS = ["s.pt", "p.pt", "k.pt", "h.jsonl", "v.jsonl", "b.jsonl", "e.npy", "t/rank0.safetensors", "t/meta_info.json"]
 
 
 @pytest.mark.parametrize("name", KINDS)
