@@ -1,4 +1,4 @@
-"""Command line of the profiler: ``python -m profiler trace|info|stats``."""
+"""Command line of the profiler: ``python -m profiler trace|import|info|stats``."""
 
 from __future__ import annotations
 
@@ -53,6 +53,11 @@ def _verbs() -> list[Verb]:
             "-o trace.safetensors",
             _add_trace_arguments,
             _run_trace,
+        ),
+        _verb(
+            "import",
+            "a serving engine's recording as a trace, or as counts",
+            "python -m profiler import --from sglang dump_0.pt dump_1.pt --like MODEL -o trace.safetensors",
         ),
         _verb("info", "what is in a trace", "python -m profiler info trace.safetensors"),
         _verb(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.markup import escape
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from profiler.measures import entropy_bits, gini, popularity_skew, total_variation
 from profiler.profile import ActiveExperts, Information, RoutingProfile
+from profiler.routing_counts import RoutingCounts
 from profiler.statistics import collect_statistics
 from profiler.trace_format import RoutingTrace
 
@@ -32,6 +34,28 @@ def summary_table(trace: RoutingTrace) -> Table:
         ("busiest expert / mean", f"{skew.mean():.2f} (mean over layers), {skew.max():.2f} (worst layer)"),
         ("experts never chosen", str(int((popularity == 0).sum()))),
         ("also recorded", ", ".join(kept) or "nothing"),
+    ):
+        table.add_row(name, escape(value))
+    return table
+
+
+def counts_table(path: Path, counts: RoutingCounts) -> Table:
+    """What is in a file of counts, in a few lines; layers without any count are left out of the ratios."""
+    per_layer = counts.counts.sum(axis=1)
+    skew = popularity_skew(counts.counts[per_layer > 0])
+    busiest = (
+        f"{skew.mean():.2f} (mean over layers), {skew.max():.2f} (worst layer)" if len(skew) else "nothing counted"
+    )
+    table = Table(show_header=False)
+    for name, value in (
+        ("counts", str(path)),
+        ("model", counts.model),
+        ("pairs counted", f"{per_layer.sum():,} ({per_layer.min():,} to {per_layer.max():,} per layer)"),
+        ("MoE layers", f"{len(counts.layer_ids)}: {_ranges(counts.layer_ids)}"),
+        ("experts", str(counts.num_experts)),
+        ("busiest expert / mean", busiest),
+        ("experts never chosen", str(int((counts.counts == 0).sum()))),
+        ("source", counts.source or "not told"),
     ):
         table.add_row(name, escape(value))
     return table
