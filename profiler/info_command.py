@@ -19,7 +19,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     Raises:
         InputError: a trace cannot be read.
     """
-    from profiler.tables import summary_table
+    from profiler.summary import summary_table
     from profiler.trace_format import RoutingTrace
 
     for path in flags.traces:

@@ -176,6 +176,15 @@ class RoutingTrace:
             raise ValueError(f"{self.path}: the trace is closed")
         return np.asarray(self._arrays[name][start:stop])
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the tensors that it holds, the optional ones among them."""
+        return tuple(self._arrays)
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """One of ``columns`` for tokens start to stop, ``[T, …]``, a read-only view."""
+        return self._slice(name, start, stop)
+
     def experts(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Expert ids of tokens start to stop, uint8 or uint16 ``[T, L, K]``, a read-only view."""
         return self._slice("experts", start, stop)

@@ -1,0 +1,121 @@
+"""What is in a trace, in one short table; and which traces were written, in another.
+
+Shape suffixes: L layers, E experts, T tokens, K choices per token, S sequences, D domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from profiler.statistics import UNNAMED_DOMAIN, popularity_skew
+from profiler.trace_copy import sequence_runs
+from profiler.trace_format import OPTIONAL_TENSORS, RoutingTrace
+from profiler.trace_split import domains_of
+
+TOKENS_PER_CHUNK = 16384
+MOST_DOMAINS = 6  # that are listed by name
+FINGERPRINT_DIGITS = 16
+
+
+def summary_table(trace: RoutingTrace) -> Table:
+    """What is in an open trace, in a few lines."""
+    popularity_LE = _count_popularity(trace)
+    skew_L = popularity_skew(popularity_LE)
+    decoded = int(trace.decode().sum(dtype=np.int64))
+    ids_S, lengths_S = sequence_runs(trace.sequence())
+    odd = int((ids_S % 2).sum())
+    kept = [name.replace("_", " ") for name in OPTIONAL_TENSORS if name in trace.columns]
+    table = Table(show_header=False)
+    for name, value in (
+        ("trace", f"{trace.path} ({_size(trace.path)})"),
+        ("model", trace.model),
+        ("fingerprint", (trace.model_fingerprint or "none")[:FINGERPRINT_DIGITS]),
+        ("source", trace.metadata.get("source") or "not told"),
+        ("tokens", f"{trace.num_tokens:,} ({trace.num_tokens - decoded:,} prefill, {decoded:,} decode)"),
+        ("sequences", f"{len(ids_S):,} ({len(ids_S) - odd:,} even, {odd:,} odd)"),
+        (
+            "tokens of a sequence",
+            f"{lengths_S.min():,} to {lengths_S.max():,}, median {float(np.median(lengths_S)):,g}",
+        ),
+        ("domains", _domains(trace, ids_S, lengths_S)),
+        ("MoE layers", f"{trace.num_layers}: {_ranges(trace.layer_ids)}"),
+        ("experts", f"top-{trace.top_k} of {trace.num_experts}"),
+        ("busiest expert / mean", f"{skew_L.mean():.2f} (mean over layers), {skew_L.max():.2f} (worst layer)"),
+        ("experts never chosen", str(int((popularity_LE == 0).sum()))),
+        ("also recorded", ", ".join(kept) or "nothing"),
+    ):
+        table.add_row(name, escape(value))
+    return table
+
+
+def print_written(console: Console, paths: Iterable[Path], notes: Sequence[str] = ()) -> None:
+    """Print which traces were written, how large they are, and what to know about them.
+
+    Args:
+        console: where to print.
+        paths: traces that were just written.
+        notes: lines to print below the table.
+    """
+    table = Table()
+    for column in ("trace", "tokens", "sequences", "even", "odd"):
+        table.add_column(column, justify="left" if column == "trace" else "right", overflow="fold")
+    one_sided = []
+    for path in paths:
+        with RoutingTrace.open(path, validate=False) as trace:
+            ids_S, _ = sequence_runs(trace.sequence())
+            odd = int((ids_S % 2).sum())
+            numbers = (trace.num_tokens, len(ids_S), len(ids_S) - odd, odd)
+        table.add_row(escape(str(path)), *(f"{number:,}" for number in numbers))
+        if odd in (0, len(ids_S)):
+            one_sided.append(
+                f"{path} has no {'even' if odd else 'odd'} sequences: plans are solved on even ones and judged on odd "
+                "ones; split and sample number them anew with --renumber"
+            )
+    console.print(table)
+    for note in [*notes, *one_sided]:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _count_popularity(trace: RoutingTrace) -> np.ndarray:
+    """Tokens per layer and expert, int64 ``[L, E]``; unlike full statistics this takes seconds for a large trace."""
+    popularity_LE = np.zeros((trace.num_layers, trace.num_experts), np.int64)
+    for start in range(0, trace.num_tokens, TOKENS_PER_CHUNK):
+        experts_TLK = trace.experts(start, start + TOKENS_PER_CHUNK)
+        for layer in range(trace.num_layers):
+            popularity_LE[layer] += np.bincount(experts_TLK[:, layer].ravel(), minlength=trace.num_experts)
+    return popularity_LE
+
+
+def _domains(trace: RoutingTrace, ids_S: np.ndarray, lengths_S: np.ndarray) -> str:
+    """How many domains there are, and the tokens of the largest."""
+    if trace.domains is None:
+        return "none"
+    names, domain_S = domains_of(trace, ids_S)
+    tokens_D = np.bincount(domain_S, lengths_S).astype(np.int64)
+    largest = np.argsort(-tokens_D, kind="stable")[:MOST_DOMAINS]
+    listed = [f"{names[domain] or UNNAMED_DOMAIN} {tokens_D[domain]:,}" for domain in largest]
+    others = [f"{len(names) - len(listed)} more"] if len(names) > len(listed) else []
+    return f"{len(names)}: {', '.join(listed + others)}"
+
+
+def _size(path: Path) -> str:
+    """A file's size, for people."""
+    size = float(path.stat().st_size)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers in short: ``1-3, 5``."""
+    starts = [i for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1] + 1]
+    runs = [(numbers[a], numbers[b - 1]) for a, b in zip(starts, [*starts[1:], len(numbers)], strict=True)]
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
