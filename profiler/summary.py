@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from profiler.statistics import UNNAMED_DOMAIN, popularity_skew
+from profiler.counting import PopularityCounts
+from profiler.measures import popularity_skew
+from profiler.statistics import domain_of_tokens
 from profiler.trace_copy import sequence_runs
 from profiler.trace_format import OPTIONAL_TENSORS, RoutingTrace
-from profiler.trace_split import domains_of
 
-TOKENS_PER_CHUNK = 16384
 MOST_DOMAINS = 6  # that are listed by name
 FINGERPRINT_DIGITS = 16
 
@@ -43,7 +43,7 @@ def summary_table(trace: RoutingTrace) -> Table:
             "tokens of a sequence",
             f"{lengths_S.min():,} to {lengths_S.max():,}, median {float(np.median(lengths_S)):,g}",
         ),
-        ("domains", _domains(trace, ids_S, lengths_S)),
+        ("domains", _domains(trace)),
         ("MoE layers", f"{trace.num_layers}: {_ranges(trace.layer_ids)}"),
         ("experts", f"top-{trace.top_k} of {trace.num_experts}"),
         ("busiest expert / mean", f"{skew_L.mean():.2f} (mean over layers), {skew_L.max():.2f} (worst layer)"),
@@ -83,23 +83,21 @@ def print_written(console: Console, paths: Iterable[Path], notes: Sequence[str] 
 
 
 def _count_popularity(trace: RoutingTrace) -> np.ndarray:
-    """Tokens per layer and expert, int64 ``[L, E]``; unlike full statistics this takes seconds for a large trace."""
-    popularity_LE = np.zeros((trace.num_layers, trace.num_experts), np.int64)
-    for start in range(0, trace.num_tokens, TOKENS_PER_CHUNK):
-        experts_TLK = trace.experts(start, start + TOKENS_PER_CHUNK)
-        for layer in range(trace.num_layers):
-            popularity_LE[layer] += np.bincount(experts_TLK[:, layer].ravel(), minlength=trace.num_experts)
-    return popularity_LE
+    """Tokens per layer and expert, int64 ``[L, E]``; no pairs, whose tables take longer."""
+    counts = PopularityCounts(trace, 1)
+    for _, experts_TLK in trace.expert_chunks():
+        counts.add(experts_TLK, np.zeros(len(experts_TLK), np.int32))
+    return counts.popularity_NLE[0]
 
 
-def _domains(trace: RoutingTrace, ids_S: np.ndarray, lengths_S: np.ndarray) -> str:
+def _domains(trace: RoutingTrace) -> str:
     """How many domains there are, and the tokens of the largest."""
     if trace.domains is None:
         return "none"
-    names, domain_S = domains_of(trace, ids_S)
-    tokens_D = np.bincount(domain_S, lengths_S).astype(np.int64)
+    names, domain_T = domain_of_tokens(trace)
+    tokens_D = np.bincount(domain_T)
     largest = np.argsort(-tokens_D, kind="stable")[:MOST_DOMAINS]
-    listed = [f"{names[domain] or UNNAMED_DOMAIN} {tokens_D[domain]:,}" for domain in largest]
+    listed = [f"{names[domain]} {tokens_D[domain]:,}" for domain in largest]
     others = [f"{len(names) - len(listed)} more"] if len(names) > len(listed) else []
     return f"{len(names)}: {', '.join(listed + others)}"
 

@@ -23,8 +23,6 @@ from profiler.errors import TraceError
 from profiler.trace_format import RoutingTrace
 from profiler.trace_header import MAX_HEADER_BYTES, encode_header, output_errors
 
-TOKENS_PER_CHUNK = 16384
-
 # Per tensor its dtype, and its shape without the dimension of tokens.
 Layout = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
@@ -95,7 +93,7 @@ def write_traces(folder: Path, outputs: Iterable[NewTrace]) -> None:
     with output_errors(folder):
         unfinished = Path(tempfile.mkdtemp(prefix=".traces.", suffix=".parts", dir=folder))
     try:
-        written = []
+        written: list[Path] = []
         for output in outputs:
             with output_errors(output.path):
                 _write_trace(unfinished / str(len(written)), output)
@@ -146,10 +144,8 @@ def _write_trace(path: Path, output: NewTrace) -> None:
 
 def _rows(trace: RoutingTrace, name: str, piece: Piece) -> Iterator[np.ndarray]:
     """The rows of one tensor that a piece takes, a run of tokens at a time."""
-    for start in range(0, trace.num_tokens, TOKENS_PER_CHUNK):
-        stop = start + TOKENS_PER_CHUNK
+    for start, rows in trace.column_chunks(name):
+        chunk = slice(start, start + len(rows))
         if name == "sequence" and piece.sequence_T is not None:
-            rows = piece.sequence_T[start:stop]
-        else:
-            rows = trace.column(name, start, stop)
-        yield rows if piece.keep_T is None else rows[piece.keep_T[start:stop]]
+            rows = piece.sequence_T[chunk]
+        yield rows if piece.keep_T is None else rows[piece.keep_T[chunk]]

@@ -149,7 +149,7 @@ def _renumber(ids: Sequence[np.ndarray]) -> list[np.ndarray]:
         new_S = np.empty_like(ids_S)
         for parity in (0, 1):
             mine_S = ids_S % 2 == parity
-            count = np.count_nonzero(mine_S)
+            count = int(np.count_nonzero(mine_S))
             new_S[mine_S] = 2 * np.arange(taken[parity], taken[parity] + count) + parity
             taken[parity] += count
         renumbered.append(new_S)

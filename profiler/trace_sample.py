@@ -11,9 +11,10 @@ from __future__ import annotations
 import numpy as np
 
 from profiler.errors import TraceError
+from profiler.statistics import domain_of_tokens
 from profiler.trace_copy import sequence_runs
 from profiler.trace_format import RoutingTrace
-from profiler.trace_split import domains_of, generator_of
+from profiler.trace_split import generator_of
 
 
 def draw_sequences(trace: RoutingTrace, num_sequences: int, seed: int = 0) -> np.ndarray:
@@ -94,8 +95,9 @@ def draw_per_domain(trace: RoutingTrace, num_sequences: int, seed: int = 0) -> n
         InputError: the seed is negative.
         TraceError: the trace names no domains, one has fewer sequences, or less than one is wanted.
     """
-    ids_S, lengths_S = sequence_runs(trace.sequence())
-    names, domain_S = domains_of(trace, ids_S)
+    lengths_S = sequence_runs(trace.sequence())[1]
+    names, domain_T = domain_of_tokens(trace)
+    domain_S = domain_T[np.cumsum(lengths_S) - 1]
     available = np.bincount(domain_S)
     rarest = int(available.argmin())
     _require_within(trace, num_sequences, int(available[rarest]), f"sequences of domain {names[rarest]!r}")

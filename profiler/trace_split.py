@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from profiler.errors import InputError, TraceError
+from profiler.statistics import domain_of_tokens
 from profiler.trace_copy import NewTrace, Piece, read_layout, sequence_runs, write_traces
 from profiler.trace_format import RoutingTrace
 from profiler.trace_header import output_errors, require_output
@@ -42,14 +43,13 @@ class Partition:
 
 
 def by_domain(trace: RoutingTrace) -> Partition:
-    """One part per domain, in the order in which domains first appear; domains without tokens are left out.
+    """One part per domain that has tokens, in the order in which the trace lists them.
 
     Raises:
         TraceError: the trace names no domains.
     """
-    ids_S, lengths_S = sequence_runs(trace.sequence())
-    names, domain_S = domains_of(trace, ids_S)
-    return Partition(names, np.repeat(domain_S, lengths_S))
+    names, domain_T = domain_of_tokens(trace)
+    return Partition(tuple(names), domain_T)
 
 
 def by_phase(trace: RoutingTrace) -> Partition:
@@ -93,27 +93,6 @@ def by_sequence(trace: RoutingTrace, shares: Sequence[float], seed: int = 0) -> 
     part_S = np.empty(num_sequences, np.int32)
     part_S[generator_of(seed).permutation(num_sequences)] = np.repeat(np.arange(len(shares)), sizes)
     return Partition(tuple(f"part{n}" for n in range(1, len(shares) + 1)), np.repeat(part_S, lengths_S))
-
-
-def domains_of(trace: RoutingTrace, ids_S: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
-    """The domains of sequences.
-
-    Args:
-        trace: an open trace.
-        ids_S: sequence ids, ``[S]``.
-
-    Returns:
-        The domains' names in the order in which they first appear, and each sequence's index into them, int32 ``[S]``.
-
-    Raises:
-        TraceError: the trace names no domains.
-    """
-    if trace.domains is None:
-        raise TraceError(f"{trace.path}: names no domains; record it from prompts with a domain each")
-    index_of_name: dict[str, int] = {}
-    named = (trace.domains[sequence] for sequence in ids_S.tolist())
-    domain_S = np.array([index_of_name.setdefault(name, len(index_of_name)) for name in named], np.int32)
-    return tuple(index_of_name), domain_S
 
 
 def generator_of(seed: int) -> np.random.Generator:
@@ -202,7 +181,7 @@ def safe_names(names: Sequence[str]) -> list[str]:
     safe = []
     for name in names:
         kept = (letter if letter.isalnum() or letter in "-_" else "_" for letter in name[:LONGEST_PART_NAME])
-        base = "".join(kept) or "unnamed"
+        base = "".join(kept).strip("_") or "unnamed"
         for candidate in chain([base], (f"{base}-{number}" for number in count(2))):
             key = unicodedata.normalize("NFKC", candidate).casefold()
             if key not in taken:
