@@ -32,6 +32,8 @@ def summary_table(trace: RoutingTrace) -> Table:
     odd = int((ids_S % 2).sum())
     kept = [name.replace("_", " ") for name in OPTIONAL_TENSORS if name in trace.columns]
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in (
         ("trace", f"{trace.path} ({_size(trace.path)})"),
         ("model", trace.model),
