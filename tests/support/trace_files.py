@@ -72,8 +72,8 @@ def token_records(path: Path) -> list[tuple[Any, ...]]:
         names = sorted(set(trace.columns) - {"sequence"})
         columns = [trace.column(name) for name in names]
         domains = trace.domains
+        names_T = ["" if domains is None else domains[sequence] for sequence in trace.sequence()]
         return [
-            (int(sequence) % 2, "" if domains is None else domains[sequence])
-            + tuple(column[token].tobytes() for column in columns)
+            (int(sequence) % 2, names_T[token], *(column[token].tobytes() for column in columns))
             for token, sequence in enumerate(trace.sequence())
         ]
