@@ -53,8 +53,8 @@ TENSORS = {
     "token_ids": ("I32",),
 }
 OPTIONAL_TENSORS = ("weights", "token_ids")
-TOKENS_PER_CHUNK = 16384
-CHUNKS_BETWEEN_RELEASES = 16
+TOKENS_PER_CHUNK = 65536
+TOKENS_BETWEEN_RELEASES = 262144
 TOKENS_PER_GATHER = 65536
 
 
@@ -205,8 +205,7 @@ class RoutingTrace:
         """
         for start in range(0, self.num_tokens, TOKENS_PER_CHUNK):
             yield start, self.column(name, start, start + TOKENS_PER_CHUNK)
-            if start // TOKENS_PER_CHUNK % CHUNKS_BETWEEN_RELEASES == CHUNKS_BETWEEN_RELEASES - 1:
-                self._release(name)
+            self._release_after(start, TOKENS_PER_CHUNK)
 
     def gather_experts(self, tokens: np.ndarray) -> np.ndarray:
         """Copies of some tokens' expert ids, uint8 or uint16 ``[len(tokens), L, K]``; fastest in rising order."""
@@ -214,14 +213,19 @@ class RoutingTrace:
         for start in range(0, len(tokens), TOKENS_PER_GATHER):
             chunk = slice(start, start + TOKENS_PER_GATHER)
             rows_TLK[chunk] = self.experts()[tokens[chunk]]
-            self._release("experts")
+            self._release()
         return rows_TLK
 
-    def _release(self, name: str) -> None:
+    def _release_after(self, start: int, num_tokens: int) -> None:
+        if start // TOKENS_BETWEEN_RELEASES != (start + num_tokens) // TOKENS_BETWEEN_RELEASES:
+            self._release()
+
+    def _release(self) -> None:
         """Give the system back the memory of pages that were read; views stay valid and read them again."""
-        mapped = getattr(self._arrays.get(name), "_mmap", None)
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+        for array in self._arrays.values():
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def weights(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Router weights, float16 ``[T, L, K]``; TraceError where the trace has none."""
@@ -248,7 +252,7 @@ class RoutingTrace:
         return self._slice("token_ids", start, stop)
 
     def chunks(self, tokens_per_chunk: int = 65536) -> Iterator[TraceChunk]:
-        """All tokens in order, at most ``tokens_per_chunk`` at a time."""
+        """All tokens in order, at most ``tokens_per_chunk`` at a time; see ``expert_chunks`` on memory."""
         for start in range(0, self.num_tokens, tokens_per_chunk):
             stop = min(start + tokens_per_chunk, self.num_tokens)
             yield TraceChunk(
@@ -260,6 +264,7 @@ class RoutingTrace:
                 decode=self.decode(start, stop),
                 token_ids=self.token_ids(start, stop) if self.has_token_ids else None,
             )
+            self._release_after(start, tokens_per_chunk)
 
     @cached_property
     def num_sequences(self) -> int:
