@@ -1,4 +1,4 @@
-"""Command line of the profiler: ``python -m profiler trace|import|info|stats``."""
+"""Command line of the profiler: ``python -m profiler trace|import|info|stats|merge|split|sample``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _run_trace(flags: argparse.Namespace) -> None:
     from rich.console import Console
 
     from profiler.settings import TraceSettings
-    from profiler.tables import summary_table
+    from profiler.summary import summary_table
     from profiler.trace_command import record_trace
     from profiler.trace_format import RoutingTrace
 
@@ -64,6 +64,21 @@ def _verbs() -> list[Verb]:
             "stats",
             "statistics of a trace, per layer and per domain",
             "python -m profiler stats trace.safetensors -o statistics.safetensors",
+        ),
+        _verb(
+            "merge",
+            "several traces of one model as one",
+            "python -m profiler merge monday.safetensors tuesday.safetensors -o week.safetensors",
+        ),
+        _verb(
+            "split",
+            "one trace as several, by domain, phase or sequence",
+            "python -m profiler split trace.safetensors --by sequence --parts 0.8,0.2 -o parts",
+        ),
+        _verb(
+            "sample",
+            "some sequences or tokens of a trace, drawn at random",
+            "python -m profiler sample trace.safetensors --tokens 100000 -o small.safetensors",
         ),
     ]
 

@@ -35,7 +35,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     Raises:
         InputError: a file is damaged, of another engine or model, or the output cannot be written.
     """
-    from profiler.tables import counts_table, summary_table
+    from profiler.summary import counts_table, summary_table
     from profiler.trace_format import RoutingTrace
 
     like = [Path(flags.like)] if flags.like is not None else []

@@ -21,7 +21,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     """
     from profiler.routing_counts import RoutingCounts
     from profiler.routing_source import open_routing
-    from profiler.tables import counts_table, summary_table
+    from profiler.summary import counts_table, summary_table
 
     for path in flags.traces:
         source = open_routing(path)

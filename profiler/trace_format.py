@@ -180,18 +180,31 @@ class RoutingTrace:
             raise ValueError(f"{self.path}: the trace is closed")
         return np.asarray(self._arrays[name][start:stop])
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the tensors that it holds, the optional ones among them."""
+        return tuple(self._arrays)
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """One of ``columns`` for tokens start to stop, ``[T, …]``, a read-only view."""
+        return self._slice(name, start, stop)
+
     def experts(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Expert ids of tokens start to stop, uint8 or uint16 ``[T, L, K]``, a read-only view."""
         return self._slice("experts", start, stop)
 
     def expert_chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All tokens' expert ids in order: index of the first token, and uint8 or uint16 ``[T, L, K]``.
+        """All tokens' expert ids in order: index of the first token, and uint8 or uint16 ``[T, L, K]``."""
+        return self.column_chunks("experts")
+
+    def column_chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """One of ``columns`` in order, a run of tokens at a time: index of the first token, and its rows.
 
         Pages of the file that were read are let go of from time to time, so that a pass over a trace larger than the
         memory stays small.
         """
         for start in range(0, self.num_tokens, TOKENS_PER_CHUNK):
-            yield start, self.experts(start, start + TOKENS_PER_CHUNK)
+            yield start, self.column(name, start, start + TOKENS_PER_CHUNK)
             self._release_after(start, TOKENS_PER_CHUNK)
 
     def gather_experts(self, tokens: np.ndarray) -> np.ndarray:

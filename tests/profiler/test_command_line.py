@@ -212,7 +212,16 @@ def test_a_process_tells_bad_input_in_one_line(tmp_path: Path, arguments: list[s
 
 
 def test_reading_traces_needs_no_torch() -> None:
-    modules = ("trace_format", "statistics", "fingerprint", "tables", "__main__")
+    modules = (
+        "trace_format",
+        "statistics",
+        "fingerprint",
+        "tables",
+        "summary",
+        "trace_merge",
+        "trace_sample",
+        "__main__",
+    )
     code = f"import sys, {', '.join(f'profiler.{module}' for module in modules)};"
     code += "print(sorted(name for name in ('torch', 'transformers') if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
