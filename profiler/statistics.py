@@ -1,23 +1,42 @@
 """Statistics of a routing trace: how popular experts are, and which are chosen together or one after the other.
 
-Shape suffixes: L layers, E experts, T tokens, K choices per token.
+Shape suffixes: L layers, E experts, T tokens, K choices per token, N groups of tokens.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from profiler.count_kernel import count_layer_pairs
+from profiler.counting import GroupedCounts, PopularityCounts, over_layers
 from profiler.errors import TraceError
+from profiler.measures import mutual_information, popularity_skew
 from profiler.trace_format import RoutingTrace
 from profiler.trace_header import FORMAT_VERSION, STATISTICS_FORMAT, write_tensors
 
-# Keeps the table of one chunk's K x K pairs in the processor's caches.
-TOKENS_PER_CHUNK = 8192
+__all__ = [
+    "UNNAMED_DOMAIN",
+    "RoutingStatistics",
+    "collect_by_domain",
+    "collect_groups",
+    "collect_statistics",
+    "count_pairs",
+    "domain_of_tokens",
+    "mutual_information",
+    "popularity_skew",
+    "save_statistics",
+    "shuffled_affinity",
+]
+
 UNNAMED_DOMAIN = "(unnamed)"
+#: The shuffled control takes a sample of at most so many tokens: fewer make chance look larger, never smaller.
+MOST_SHUFFLED_TOKENS = 1 << 20
+MOST_SHUFFLED_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,10 @@ class RoutingStatistics:
     top1_affinity: np.ndarray
     coactivation: np.ndarray
 
+    def __add__(self, other: RoutingStatistics) -> RoutingStatistics:
+        """Counts over the tokens of both."""
+        return RoutingStatistics(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
 
 def collect_statistics(trace: RoutingTrace, mask: np.ndarray | None = None) -> RoutingStatistics:
     """Count in one pass over a trace, in bounded memory.
@@ -55,35 +78,12 @@ def collect_statistics(trace: RoutingTrace, mask: np.ndarray | None = None) -> R
         TraceError: the mask does not fit the trace, or selects no token.
     """
     _check_mask(trace, mask)
-    num_layers, num_experts = trace.num_layers, trace.num_experts
-    popularity_LE = np.zeros((num_layers, num_experts), np.int64)
-    top1_popularity_LE = np.zeros_like(popularity_LE)
-    affinity_LEE = np.zeros((num_layers - 1, num_experts, num_experts), np.int64)
-    top1_affinity_LEE = np.zeros_like(affinity_LEE)
-    coactivation_LEE = np.zeros((num_layers, num_experts, num_experts), np.int64)
-    num_tokens = 0
-    for start in range(0, trace.num_tokens, TOKENS_PER_CHUNK):
-        chosen = slice(None) if mask is None else mask[start : start + TOKENS_PER_CHUNK]
-        experts_TLK = trace.experts(start, start + TOKENS_PER_CHUNK)[chosen]
-        num_tokens += len(experts_TLK)
-        if not len(experts_TLK):
-            continue
-        experts_LTK = np.ascontiguousarray(experts_TLK.transpose(1, 0, 2), np.intp)
-        for layer, here_TK in enumerate(experts_LTK):
-            popularity_LE[layer] += np.bincount(here_TK.ravel(), minlength=num_experts)
-            top1_popularity_LE[layer] += np.bincount(here_TK[:, 0], minlength=num_experts)
-            coactivation_LEE[layer] += count_pairs(here_TK, here_TK, num_experts)
-            if layer + 1 < num_layers:
-                next_TK = experts_LTK[layer + 1]
-                affinity_LEE[layer] += count_pairs(here_TK, next_TK, num_experts)
-                top1_affinity_LEE[layer] += count_pairs(here_TK[:, :1], next_TK[:, :1], num_experts)
-    return RoutingStatistics(
-        num_tokens, popularity_LE, top1_popularity_LE, affinity_LEE, top1_affinity_LEE, coactivation_LEE
-    )
+    group_T = np.zeros(trace.num_tokens, np.int32) if mask is None else np.where(mask, 0, -1).astype(np.int32)
+    return collect_groups(trace, group_T, 1)[0]
 
 
 def collect_by_domain(trace: RoutingTrace) -> dict[str, RoutingStatistics]:
-    """Statistics of every domain's tokens alone.
+    """Statistics of every domain's tokens alone, in one pass over the trace.
 
     Args:
         trace: an open trace.
@@ -93,19 +93,72 @@ def collect_by_domain(trace: RoutingTrace) -> dict[str, RoutingStatistics]:
         left out.
 
     Raises:
+        TraceError: the trace names no domains, or so many that their tables would not fit the memory.
+    """
+    names, domain_T = domain_of_tokens(trace)
+    return dict(zip(names, collect_groups(trace, domain_T, len(names)), strict=True))
+
+
+def domain_of_tokens(trace: RoutingTrace) -> tuple[list[str], np.ndarray]:
+    """Every token's domain.
+
+    Args:
+        trace: an open trace.
+
+    Returns:
+        Names of the domains that have tokens, in the order in which the trace lists them, and the index of each
+        token's, int32 ``[T]``.
+
+    Raises:
         TraceError: the trace names no domains.
     """
     if trace.domains is None:
         raise TraceError(f"{trace.path}: names no domains; record it from prompts with a domain each")
-    names = list(dict.fromkeys(trace.domains))
-    index_of_name = {name: index for index, name in enumerate(names)}
-    domain_of_sequence = np.array([index_of_name[name] for name in trace.domains])
-    domain_of_token_T = domain_of_sequence[trace.sequence()]
-    return {
-        name or UNNAMED_DOMAIN: collect_statistics(trace, mask_T)
-        for index, name in enumerate(names)
-        if (mask_T := domain_of_token_T == index).any()
-    }
+    index_of_name = {name: index for index, name in enumerate(dict.fromkeys(trace.domains))}
+    domain_of_sequence = np.array([index_of_name[name] for name in trace.domains], np.int32)
+    domain_T = domain_of_sequence[trace.sequence()]
+    seen, domain_T = np.unique(domain_T, return_inverse=True)
+    names = list(index_of_name)
+    return [names[index] or UNNAMED_DOMAIN for index in seen], domain_T.astype(np.int32)
+
+
+def collect_groups(
+    trace: RoutingTrace,
+    group_T: np.ndarray,
+    num_groups: int,
+    also: Sequence[tuple[np.ndarray, PopularityCounts]] = (),
+) -> list[RoutingStatistics]:
+    """Statistics of every group's tokens alone, in one pass over the trace.
+
+    Args:
+        trace: an open trace.
+        group_T: int32 ``[T]``, below N; negative: the token is not counted.
+        num_groups: N.
+        also: further groups ``[T]`` of the same tokens, and the tables that count their popularity in the same pass.
+
+    Returns:
+        N statistics.
+
+    Raises:
+        TraceError: the tables of so many groups would not fit the memory.
+    """
+    counts = GroupedCounts(trace, num_groups)
+    for start, experts_TLK in trace.expert_chunks():
+        chunk = slice(start, start + len(experts_TLK))
+        counts.add(experts_TLK, group_T[chunk])
+        for other_T, popularity in also:
+            popularity.add(experts_TLK, other_T[chunk])
+    return [
+        RoutingStatistics(
+            num_tokens=int((group_T == group).sum()),
+            popularity=counts.popularity_NLE[group],
+            top1_popularity=counts.top1_NLE[group],
+            affinity=counts.affinity_NLEE[group],
+            top1_affinity=counts.top1_affinity_NLEE[group],
+            coactivation=counts.coactivation(group),
+        )
+        for group in range(num_groups)
+    ]
 
 
 def count_pairs(first_TK: np.ndarray, second_TK: np.ndarray, num_experts: int) -> np.ndarray:
@@ -123,34 +176,18 @@ def count_pairs(first_TK: np.ndarray, second_TK: np.ndarray, num_experts: int) -
     return np.bincount(pairs.ravel(), minlength=num_experts * num_experts).reshape(num_experts, num_experts)
 
 
-def mutual_information(counts: np.ndarray) -> float:
-    """Mutual information of the two experts of a pair, I(A; B).
-
-    Args:
-        counts: ``[E, E']``, how often each pair was seen; at least one.
-
-    Returns:
-        Bits.
-    """
-    joint = counts / counts.sum()
-    independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    seen = joint > 0
-    return float((joint[seen] * np.log2(joint[seen] / independent[seen])).sum())
-
-
 def shuffled_affinity(
-    trace: RoutingTrace, mask: np.ndarray | None = None, choices: int | None = None, seed: int = 0
-) -> np.ndarray:
+    trace: RoutingTrace, mask: np.ndarray | None = None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Affinity after the tokens of every next layer are shuffled: the control that shows what chance alone gives.
 
     Args:
         trace: an open trace.
-        mask: bool ``[T]``, the tokens to count (default: all).
-        choices: how many of a token's first choices count (default: all K; 1 for the control of top-1 affinity).
-        seed: of the shuffle.
+        mask: bool ``[T]``, the tokens to count (default: all). Of more than ``MOST_SHUFFLED_TOKENS`` a sample is taken.
+        seed: of sample and shuffle.
 
     Returns:
-        int64 ``[L-1, E, E]``, with the popularities of the true affinity.
+        All pairs and first choices, int64 ``[L-1, E, E]`` each, with the popularities of the true affinity.
 
     Raises:
         TraceError: the mask does not fit the trace, or selects no token.
@@ -158,28 +195,24 @@ def shuffled_affinity(
     _check_mask(trace, mask)
     generator = np.random.default_rng(seed)
     tokens = np.arange(trace.num_tokens) if mask is None else np.flatnonzero(mask)
-    shuffled_LEE = np.zeros((trace.num_layers - 1, trace.num_experts, trace.num_experts), np.int64)
-    for layer in range(trace.num_layers - 1):
-        # Two layers' columns at a time: a shuffle crosses the whole trace, and a column is T x K bytes or twice that.
-        here_TK, next_TK = (trace.experts()[:, at, :choices] for at in (layer, layer + 1))
-        partner = generator.permutation(tokens)
-        for start in range(0, len(tokens), TOKENS_PER_CHUNK):
-            chunk = slice(start, start + TOKENS_PER_CHUNK)
-            first, second = here_TK[tokens[chunk]], next_TK[partner[chunk]]
-            shuffled_LEE[layer] += count_pairs(first.astype(np.intp), second.astype(np.intp), trace.num_experts)
-    return shuffled_LEE
+    row_bytes = trace.num_layers * trace.top_k * trace.experts(0, 1).itemsize
+    most = min(MOST_SHUFFLED_TOKENS, MOST_SHUFFLED_BYTES // row_bytes)
+    if len(tokens) > most:
+        tokens = np.sort(generator.choice(tokens, most, replace=False))
+    experts_TLK = trace.gather_experts(tokens)
+    shape = (1, trace.num_layers - 1, trace.num_experts, trace.num_experts)
+    affinity_NLEE, top1_affinity_NLEE = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    group_T = np.zeros(len(tokens), np.int32)
 
+    def count(first: int, last: int) -> None:
+        for layer in range(first, last):
+            partner_T = np.random.default_rng([seed, layer]).permutation(len(tokens))
+            pair_T2K = np.stack([experts_TLK[:, layer], experts_TLK[partner_T, layer + 1]], axis=1)
+            tables = (affinity_NLEE[:, layer : layer + 1], top1_affinity_NLEE[:, layer : layer + 1])
+            count_layer_pairs(pair_T2K, group_T, 0, 1, *tables)
 
-def popularity_skew(popularity: np.ndarray) -> np.ndarray:
-    """How much more than the mean expert the busiest one gets.
-
-    Args:
-        popularity: ``[L, E]``, counts.
-
-    Returns:
-        float64 ``[L]``, busiest expert / mean expert, at least 1.
-    """
-    return popularity.max(axis=1) / popularity.mean(axis=1)
+    over_layers(trace.num_layers - 1, count)
+    return affinity_NLEE[0], top1_affinity_NLEE[0]
 
 
 def save_statistics(

@@ -18,6 +18,7 @@ Metadata (strings): ``format``, ``version``, ``model``, ``num_experts``, ``layer
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,6 +53,9 @@ TENSORS = {
     "token_ids": ("I32",),
 }
 OPTIONAL_TENSORS = ("weights", "token_ids")
+TOKENS_PER_CHUNK = 16384
+CHUNKS_BETWEEN_RELEASES = 16
+TOKENS_PER_GATHER = 65536
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,32 @@ class RoutingTrace:
     def experts(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Expert ids of tokens start to stop, uint8 or uint16 ``[T, L, K]``, a read-only view."""
         return self._slice("experts", start, stop)
+
+    def expert_chunks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All tokens' expert ids in order: index of the first token, and uint8 or uint16 ``[T, L, K]``.
+
+        Pages of the file that were read are let go of from time to time, so that a pass over a trace larger than the
+        memory stays small.
+        """
+        for start in range(0, self.num_tokens, TOKENS_PER_CHUNK):
+            yield start, self.experts(start, start + TOKENS_PER_CHUNK)
+            if start // TOKENS_PER_CHUNK % CHUNKS_BETWEEN_RELEASES == CHUNKS_BETWEEN_RELEASES - 1:
+                self._release("experts")
+
+    def gather_experts(self, tokens: np.ndarray) -> np.ndarray:
+        """Copies of some tokens' expert ids, uint8 or uint16 ``[len(tokens), L, K]``; fastest in rising order."""
+        rows_TLK = np.empty((len(tokens), self.num_layers, self.top_k), self.experts(0, 1).dtype)
+        for start in range(0, len(tokens), TOKENS_PER_GATHER):
+            chunk = slice(start, start + TOKENS_PER_GATHER)
+            rows_TLK[chunk] = self.experts()[tokens[chunk]]
+            self._release("experts")
+        return rows_TLK
+
+    def _release(self, name: str) -> None:
+        """Give the system back the memory of pages that were read; views stay valid and read them again."""
+        mapped = getattr(self._arrays.get(name), "_mmap", None)
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def weights(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Router weights, float16 ``[T, L, K]``; TraceError where the trace has none."""

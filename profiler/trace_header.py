@@ -204,15 +204,28 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     Raises:
         TraceError: the folder does not exist or cannot be written.
     """
-    require_output(path)
     laid_out = [(name, array.dtype, array.shape) for name, array in tensors.items()]
+    parts = (np.ascontiguousarray(array).data for array in tensors.values())
+    _write_whole(path, itertools.chain([encode_header(laid_out, metadata)], parts))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, replacing what stands there in one step.
+
+    Raises:
+        TraceError: the folder does not exist or cannot be written.
+    """
+    _write_whole(path, [text.encode()])
+
+
+def _write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write under a temporary name, then rename."""
+    require_output(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     with output_errors(path):
         try:
             with unfinished.open("wb") as file:
-                file.write(encode_header(laid_out, metadata))
-                for array in tensors.values():
-                    file.write(np.ascontiguousarray(array).data)
+                file.writelines(parts)
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)

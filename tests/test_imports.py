@@ -15,7 +15,9 @@ PACKAGES = ("conf", "kernels", "placement", "profiler", "runtime")
 
 # What the profiler offers to the others: the trace, its statistics, and to the runtime the recording seam and the
 # start-up check.
-TRACE_AND_STATISTICS = r"errors fingerprint routing_counts statistics trace_format trace_header trace_writer"
+TRACE_AND_STATISTICS = (
+    r"affinity_groups errors fingerprint routing_counts statistics trace_format trace_header trace_writer"
+)
 SHARED_BY_PROFILER = {f"profiler.{name}" for name in TRACE_AND_STATISTICS.split()}
 ALLOWED: dict[str, set[str]] = {
     "conf": set(),

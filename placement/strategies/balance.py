@@ -21,7 +21,7 @@ from placement.slots import Slots, sorted_slots
 from placement.strategies.balance_program import balance_layer, least_busiest
 from placement.strategies.balance_search import busiest_load, descend, harden, tail_load
 from placement.strategies.eplb import eplb_slots
-from placement.strategies.sweeps import fill_spare_slots
+from placement.strategies.spare_slots import fill_spare_slots
 
 #: Groups of tokens at most, groups where the sequences are not known, and resamples of groups.
 MOST_GROUPS, BLOCKS, RESAMPLES = 200, 100, 128

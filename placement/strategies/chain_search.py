@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from placement.strategies.chain_kernel import anneal_swaps
-from placement.strategies.sweeps import assignment_sweeps, greedy_chain
+from profiler.affinity_groups import assignment_sweeps, greedy_chain
 
 #: First temperatures of random chains, and of those that start from a good placement; relative to the spread of gains.
 HOT, WARM = (1.0, 1.5, 2.0, 3.0), (0.3, 0.6, 1.0, 1.5)

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from placement.problem import PlacementProblem, Progress, Solution, SolverSettings
 from placement.slots import share_experts, slots_from_gpu
 from placement.strategies.locality_program import is_tractable, solve_locality_program
-from placement.strategies.sweeps import assignment_sweeps, greedy_chain
 from placement.strategies.window_program import solve_window
+from profiler.affinity_groups import assignment_sweeps, greedy_chain
 
 #: Layer-by-layer assignments that are tried as a start, each from another first layer.
 STARTS = 32

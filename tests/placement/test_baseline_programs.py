@@ -16,8 +16,8 @@ from placement.strategies import exflow as exflow_module
 from placement.strategies import solve
 from placement.strategies.clusters_program import GAP, NEGLIGIBLE, balanced_clusters, deviation
 from placement.strategies.clusters_to_gpus import Fabric, assign_forwards, assign_window, boundary_costs
-from placement.strategies.sweeps import assignment_sweeps
 from placement.strategies.window_program import solve_window
+from profiler.affinity_groups import assignment_sweeps
 from tests.support.placement_problems import cluster_of, random_statistics
 
 QUICK = SolverSettings(time_limit_s=20.0)

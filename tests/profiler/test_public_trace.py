@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from profiler.profile_builder import profile_trace
 from profiler.statistics import collect_statistics, mutual_information, shuffled_affinity
 from profiler.trace_format import RoutingTrace
 
@@ -30,9 +31,24 @@ def test_it_opens_and_validates() -> None:
 def test_its_layers_inform_one_another() -> None:
     with RoutingTrace.open(TRACE) as trace:
         statistics = collect_statistics(trace)
-        shuffled = shuffled_affinity(trace)
+        shuffled, _ = shuffled_affinity(trace)
     assert (statistics.popularity.sum(axis=1) == trace.num_tokens * 4).all()
     np.testing.assert_array_equal(np.diagonal(statistics.coactivation, axis1=1, axis2=2), statistics.popularity)
     assert np.mean([mutual_information(counts) for counts in statistics.affinity]) == pytest.approx(0.5, abs=0.05)
     assert np.mean([mutual_information(counts) for counts in statistics.top1_affinity]) == pytest.approx(1.5, abs=0.05)
     assert np.mean([mutual_information(counts) for counts in shuffled]) < 0.001
+
+
+def test_its_profile_is_that_of_the_documentation() -> None:
+    with RoutingTrace.open(TRACE) as trace:
+        profile = profile_trace(trace)
+    by_gpus = {potential.num_gpus: potential for potential in profile.potentials}
+    assert by_gpus[4].kept == pytest.approx(0.556, abs=0.002)
+    assert by_gpus[4].contiguous == pytest.approx(0.247, abs=0.001)
+    assert profile.convergence is not None
+    assert profile.convergence.stable_at == 4000
+    assert profile.active is not None
+    assert profile.active.phase == "decode"
+    assert profile.active.mixed[profile.active.batch_sizes.index(8)].mean() == pytest.approx(17.7, abs=0.05)
+    assert profile.time_drift is not None
+    assert profile.time_drift.to_all.mean() > profile.time_drift.to_all_control.mean()

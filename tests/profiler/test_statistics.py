@@ -11,14 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from profiler import statistics
+from profiler import counting, statistics, trace_format
 from profiler.errors import TraceError
 from profiler.statistics import (
     RoutingStatistics,
     collect_by_domain,
     collect_statistics,
     mutual_information,
-    popularity_skew,
     save_statistics,
     shuffled_affinity,
 )
@@ -64,7 +63,8 @@ def test_statistics_equal_brute_force(lengths: list[int], num_layers: int, shape
     num_experts, top_k = shape
     sequences = random_sequences(lengths, num_layers=num_layers, num_experts=num_experts, top_k=top_k, seed=seed)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "TOKENS_PER_CHUNK", 7)
+        patch.setattr(trace_format, "TOKENS_PER_CHUNK", 7)
+        patch.setattr(trace_format, "CHUNKS_BETWEEN_RELEASES", 2)
         path = write_trace(Path(folder) / "t", sequences, num_experts=num_experts)
         trace = RoutingTrace.open(path)
         experts = np.concatenate([sequence.experts for sequence in sequences])
@@ -123,7 +123,7 @@ def test_the_shuffle_keeps_popularity_and_destroys_affinity(tmp_path: Path) -> N
     sequence = type(sequence)(experts, sequence.weights, sequence.decode, sequence.token_ids)
     trace = RoutingTrace.open(write_trace(tmp_path / "t", [sequence]))
     true = collect_statistics(trace)
-    shuffled, shuffled_top1 = shuffled_affinity(trace, seed=1), shuffled_affinity(trace, choices=1)
+    shuffled, shuffled_top1 = shuffled_affinity(trace, seed=1)
     for axis in (1, 2):
         np.testing.assert_array_equal(shuffled.sum(axis=axis), true.affinity.sum(axis=axis))
         np.testing.assert_array_equal(shuffled_top1.sum(axis=axis), true.top1_affinity.sum(axis=axis))
@@ -131,8 +131,24 @@ def test_the_shuffle_keeps_popularity_and_destroys_affinity(tmp_path: Path) -> N
     assert mutual_information(shuffled_top1[0]) < 0.01
     assert mutual_information(shuffled[0]) < 0.01 < mutual_information(true.affinity[0])
     assert mutual_information(true.affinity[1]) < 0.01
-    np.testing.assert_array_equal(shuffled, shuffled_affinity(trace, seed=1))
+    np.testing.assert_array_equal(shuffled, shuffled_affinity(trace, seed=1)[0])
 
 
-def test_skew_is_busiest_over_mean() -> None:
-    np.testing.assert_allclose(popularity_skew(np.array([[2, 2, 2, 2], [8, 0, 0, 0], [3, 1, 0, 0]])), [1, 4, 3])
+def test_the_shuffle_samples_long_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = RoutingTrace.open(write_trace(tmp_path / "t", random_sequences([30, 20])))
+    monkeypatch.setattr(statistics, "MOST_SHUFFLED_TOKENS", 10)
+    mask = trace.split_mask("even")
+    for chosen, tokens in ((None, 10), (mask, 10)):
+        shuffled, shuffled_top1 = shuffled_affinity(trace, chosen)
+        assert (shuffled.sum(axis=(1, 2)) == tokens * 4).all()
+        assert (shuffled_top1.sum(axis=(1, 2)) == tokens).all()
+    monkeypatch.setattr(statistics, "MOST_SHUFFLED_TOKENS", 40)
+    assert (shuffled_affinity(trace, mask)[1].sum(axis=(1, 2)) == 30).all(), "no more than the mask selects"
+
+
+def test_tables_that_cannot_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = RoutingTrace.open(write_trace(tmp_path / "t", random_sequences([3, 4]), domains=["a", "b"]))
+    monkeypatch.setattr(counting, "MOST_TABLE_BYTES", 1000)
+    with pytest.raises(TraceError, match="the tables of 2 groups such as domains would take"):
+        collect_by_domain(trace)
+    assert collect_statistics(trace).num_tokens == 7, "the overall tables are always made"
