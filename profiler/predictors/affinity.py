@@ -21,7 +21,7 @@ class AffinityPredictor(Predictor):
     description = "all experts of the layer before, by affinity"
 
     def __init__(self, votes: np.ndarray, known: np.ndarray) -> None:
-        """From float32 ``[E, E]``, votes of each expert before, and bool ``[E]``, whether it was seen; see ``learn``."""
+        """From each former expert's votes, float32 ``[E, E]``, and whether it was seen, bool ``[E]``; see ``learn``."""
         self.votes = votes
         self.known = known
 

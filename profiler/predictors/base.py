@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -90,9 +89,9 @@ class Predictor(ABC):
         paper: what the paper that the idea is from reports, in a few words, or None.
     """
 
-    name: ClassVar[str] | str
-    description: ClassVar[str] | str
-    paper: ClassVar[str | None] | str | None = None
+    name: str
+    description: str
+    paper: str | None = None
 
     @abstractmethod
     def estimate(self, context: Context) -> Estimate:

@@ -52,7 +52,7 @@ class CountRows:
         )
 
     def spread(self, scores_TE: np.ndarray, rows_T: np.ndarray) -> None:
-        """Write rows into scores, float32 ``[T, E]``; a token whose row (int64 ``[T]``) is negative keeps its scores."""
+        """Write rows, int64 ``[T]``, into scores, float32 ``[T, E]``; where the row is negative, scores stay."""
         spread_rows(scores_TE, rows_T, self.starts, self.experts, self.shares)
 
 

@@ -11,7 +11,7 @@ from numba import njit
 
 @njit(cache=True, nogil=True)
 def top_experts(scores_TE: np.ndarray, count: int) -> np.ndarray:
-    """The experts with the highest scores, best first, ties to the lower id: int32 ``[T, count]``; count is at most E."""
+    """The experts with the highest scores, best first, ties to the lower id: int32 ``[T, count]``, count at most E."""
     num_tokens, num_experts = scores_TE.shape
     best = np.empty((num_tokens, count), np.int32)
     for token in range(num_tokens):

@@ -1,7 +1,7 @@
 """Experts told from the path of first choices through the last layers.
 
-Theirs (Lina): tokens that took the same path through the last l layers are taken together; what they chose in the next
-layer gives P_path(expert), learned from tokens seen before; a batch's popularity is the sum of it over the batch's tokens.
+Theirs (Lina): tokens that took the same path through the last l layers are taken together; what they chose in the
+next layer gives P_path(expert), learned from tokens seen before; a batch's popularity is its sum over their paths.
 
 Our reading, where the text at hand does not say more: a path is made of first choices alone, while all K choices of the
 next layer are counted; a path that was never seen backs off to its longest part that was (the nearest layers), down to
@@ -23,7 +23,7 @@ from profiler.predictors.count_rows import CountRows, find_keys
 from profiler.predictors.popularity import PopularityPredictor
 
 #: What Lina reports by length of the path.
-PAPER = {1: "Lina: 28–32%", 3: "Lina: 60–64%, re-plans 23%", 6: "Lina: 66–71%"}
+PAPER = {1: "Lina: 28-32%", 3: "Lina: 60-64%, re-plans 23%", 6: "Lina: 66-71%"}
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ class PathPredictor(Predictor):
         self.tree = tree
         self.length = length
         self.name = f"path-{length}"
-        self.description = (
-            f"path of first choices, last {length} layers" if length > 1 else "first choice, layer before"
-        )
+        self.description = f"first choices of the last {length} layers" if length > 1 else "first choice, layer before"
         self.paper = PAPER.get(length)
 
     def estimate(self, context: Context) -> Estimate:

@@ -16,6 +16,7 @@ Shape suffixes: T tokens, L layers, K choices, E experts, N batches, B tokens of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,17 +81,36 @@ def score_predictors(
         raise TraceError(f"choices {choices}: the trace has top-{trace.top_k}; take 1 to {trace.top_k}")
     learned = draw_sample(trace, trace.split_mask("even"), max_learned_tokens, seed, choices)
     judged = draw_sample(trace, trace.split_mask("odd"), max_judged_tokens, seed, choices)
+    return score_samples(learned, judged, trace.layer_ids, batch_tokens, num_batches, longest_path, seed)
+
+
+def score_samples(
+    learned: RouteSample,
+    judged: RouteSample,
+    layer_ids: Sequence[int],
+    batch_tokens: int = BATCH_TOKENS,
+    num_batches: int = NUM_BATCHES,
+    longest_path: int = LONGEST_PATH,
+    seed: int = 0,
+) -> tuple[PredictorScore, ...]:
+    """Learn every predictor from one sample and judge it on another; see ``score_predictors``.
+
+    Args:
+        learned, judged: samples of one model; ``judged`` has token ids and ``gate_ahead`` where ``learned`` has them.
+        layer_ids: decoder layers of the L layers.
+        batch_tokens, num_batches, longest_path, seed: as there.
+    """
     draws_NB = np.random.default_rng(seed).integers(judged.num_tokens, size=(num_batches, batch_tokens))
     tallies: dict[str, _Tally] = {}
-    for layer, layer_id in enumerate(trace.layer_ids):
+    for layer, layer_id in enumerate(layer_ids):
         chosen_TK = np.ascontiguousarray(judged.chosen(layer))
-        popularity_NE = _batch_popularity(chosen_TK, draws_NB, trace.num_experts)
+        popularity_NE = _batch_popularity(chosen_TK, draws_NB, judged.num_experts)
         for predictor in learn_predictors(learned, layer, longest_path):
             tally = tallies.setdefault(predictor.name, _Tally(predictor))
             tally.layer_ids.append(layer_id)
             estimate = predictor.estimate(judged.context(layer))
             _judge_tokens(tally, estimate, chosen_TK)
-            if 2 * chosen_TK.shape[1] < trace.num_experts:
+            if 2 * chosen_TK.shape[1] < judged.num_experts:
                 _judge_batches(tally, estimate, popularity_NE, draws_NB, 2 * chosen_TK.shape[1])
     return tuple(_score(tally, learned, judged, batch_tokens) for tally in tallies.values())
 

@@ -28,6 +28,7 @@ class TokenIdPredictor(Predictor):
     @classmethod
     def learn(cls, sample: RouteSample, layer: int) -> TokenIdPredictor:
         """Count one layer's choices by token id, which the sample must have."""
+        assert sample.token_ids is not None
         ids, group_T = np.unique(sample.token_ids, return_inverse=True)
         rows = CountRows.count(group_T, sample.chosen(layer), len(ids), sample.num_experts)
         return cls(ids, rows, PopularityPredictor.learn(sample, layer))
