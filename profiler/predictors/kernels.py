@@ -1,6 +1,6 @@
 """The compiled loops of predicting and scoring: ranking, sums of rows, hits.
 
-Shape suffixes: T tokens, E experts, K choices, N batches, R rows of a table, B rows added together.
+Shape suffixes: T tokens, E experts, K choices, N batches, M most popular, R rows of a table, B rows added together.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ def top_experts(scores_TE: np.ndarray, count: int) -> np.ndarray:
     num_tokens, num_experts = scores_TE.shape
     best = np.empty((num_tokens, count), np.int32)
     for token in range(num_tokens):
-        held = 0
+        scores_E, best_K = scores_TE[token], best[token]
+        held, least = 0, -np.inf
         for expert in range(num_experts):
-            score = scores_TE[token, expert]
-            if held == count and score <= scores_TE[token, best[token, count - 1]]:
+            score = scores_E[expert]
+            if held == count and score <= least:
                 continue
             held = min(held + 1, count)
             place = held - 1
-            while place > 0 and scores_TE[token, best[token, place - 1]] < score:
-                best[token, place] = best[token, place - 1]
+            while place > 0 and scores_E[best_K[place - 1]] < score:
+                best_K[place] = best_K[place - 1]
                 place -= 1
-            best[token, place] = expert
+            best_K[place] = expert
+            least = scores_E[best_K[held - 1]]
     return best
 
 
