@@ -66,14 +66,10 @@ class PathTree:
         """The longest part of each token's path that was seen, up to a length."""
         scores_TE = self.popularity.estimate(context).scores
         number_T = np.zeros(len(scores_TE), np.int64)
-        rows_by_level: list[np.ndarray] = []
         for nearest, level in enumerate(self.levels[: min(length, context.experts.shape[1])], start=1):
             keys_T = number_T * scores_TE.shape[1] + context.experts[:, -nearest, 0]
-            number_T = find_keys(level.keys, keys_T)  # below a path that was not seen keys are negative: not found
-            rows_by_level.append(number_T)
-        for at, rows_T in enumerate(rows_by_level):
-            longer_is_seen = rows_by_level[at + 1] >= 0 if at + 1 < len(rows_by_level) else False
-            self.levels[at].rows.spread(scores_TE, np.where(longer_is_seen, -1, rows_T))
+            number_T = find_keys(level.keys, keys_T)  # after a part that was not seen keys are negative: not found
+            level.rows.spread(scores_TE, number_T)
         return Estimate(scores_TE, number_T >= 0)
 
 

@@ -112,6 +112,11 @@ def test_one_layer_has_no_paths(tmp_path: Path) -> None:
     assert (score.predictor, score.layer_ids) == ("popularity", (0,))
 
 
+def test_popularity_of_a_batch_means_nothing_where_2k_are_all_experts(tmp_path: Path) -> None:
+    path = write_trace(tmp_path / "t", random_sequences([9, 9], num_experts=4), num_experts=4)
+    assert all(score.batch_accuracy is None for score in score_predictors(RoutingTrace.open(path)))
+
+
 def test_where_all_experts_are_chosen_all_are_hit(tmp_path: Path) -> None:
     path = write_trace(tmp_path / "t", random_sequences([5, 5], num_experts=3, top_k=3), num_experts=3)
     for score in score_predictors(RoutingTrace.open(path)):
@@ -178,12 +183,14 @@ def test_hits_at_k_compare_the_first_k() -> None:
 
 
 def test_the_table_means_over_the_layers_that_all_predict() -> None:
-    scores = score_samples(chained_sample(300), chained_sample(200, seed=1), (0, 2, 3, 5), num_batches=50)
+    scores = score_samples(random_sample(300), random_sample(200, seed=1), (0, 2, 3, 5), num_batches=50)
     lines = render(scores)
-    assert any("path-3" in line and "100.0%" in line and "Lina: 60-64%" in line for line in lines)
-    popularity = next(line for line in lines if "popularity" in line)
-    assert f"{scores[0].hit_rate[1:].mean():.1%}" in popularity
-    assert "mean of 3 layers" in "".join(lines)
+    cells = {score.predictor: score.hit_rate[-3:].mean() for score in scores}
+    for name, hit_rate in cells.items():
+        assert f" {hit_rate:.1%} " in next(line for line in lines if f" {name} " in line).split("│")[3], name
+    assert f"{scores[0].hit_rate.mean():.1%}" != f"{cells['popularity']:.1%}"
+    assert "Lina: 60-64%, re-plans 23%" in next(line for line in lines if "path-3" in line)
+    assert "mean of 3 layers; learned from 300 tokens" in "".join(lines)
 
 
 def render(scores: tuple[PredictorScore, ...]) -> list[str]:
