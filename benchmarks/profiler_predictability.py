@@ -34,7 +34,7 @@ from profiler.profile import PredictorScore
 from profiler.trace_format import RoutingTrace, TraceWriter
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
-DEMO_COMMAND = ("model=examples/demo-moe", "prompts=examples/prompts/solve.jsonl", "token_ids=true")
+DEMO_COMMAND = ("model=examples/demo-moe", "prompts=examples/prompts/solve.jsonl", "token_ids=true", "gate_ahead=true")
 BATCHES = (8, BATCH_TOKENS, 128, 512)
 LARGE = SyntheticRouting(58, 256, 8, 50_000)
 TOKENS_PER_SEQUENCE = 500

@@ -32,5 +32,5 @@ def draw_sample(
         trace.experts()[tokens, :, :choices],
         trace.num_experts,
         trace.token_ids()[tokens] if trace.has_token_ids else None,
-        trace.gate_ahead()[tokens, :, :choices] if getattr(trace, "has_gate_ahead", False) else None,
+        trace.gate_ahead()[tokens, :, :choices] if trace.has_gate_ahead else None,
     )
