@@ -29,7 +29,7 @@ def draw_sample(
         order_S = np.random.default_rng(seed).permutation(len(ids_S))
         tokens = np.sort(tokens[np.argsort(order_S[sequence_T], kind="stable")[:max_tokens]])
     return RouteSample(
-        trace.experts()[tokens, :, :choices],
+        trace.gather_experts(tokens)[:, :, :choices],
         trace.num_experts,
         trace.token_ids()[tokens] if trace.has_token_ids else None,
         trace.gate_ahead()[tokens, :, :choices] if trace.has_gate_ahead else None,

@@ -21,7 +21,7 @@ from profiler.predictors.sample import draw_sample
 from profiler.predictors.scoring import score_predictors, score_samples
 from profiler.predictors.table import predictability_table
 from profiler.profile import PredictorScore
-from profiler.trace_format import RoutingTrace
+from profiler.trace_format import RoutingTrace, TraceWriter
 from tests.support.samples import chained_sample, random_sample
 from tests.support.traces import random_sequences, write_trace
 
@@ -76,6 +76,33 @@ def test_chains_reach_100_percent() -> None:
     assert scores["path-6"].layer_ids == (5, 7, 9) == scores["gate-ahead"].layer_ids
     assert scores["token-id"].layer_ids == (4, 5, 7, 9)
     assert scores["popularity"].hit_rate.max() < 0.5
+
+
+def test_what_the_trace_holds_decides_which_predictors_are_scored(tmp_path: Path) -> None:
+    sample = chained_sample(40)
+    for ids, ahead in ((True, True), (True, False), (False, True), (False, False)):
+        with TraceWriter(
+            tmp_path / "t",
+            model="tiny",
+            num_experts=8,
+            layer_ids=(3, 4, 6, 8),
+            top_k=2,
+            weights=False,
+            token_ids=ids,
+            gate_ahead=ahead,
+        ) as writer:
+            for tokens in (slice(0, 25), slice(25, 40)):
+                writer.add_sequence(
+                    sample.experts[tokens],
+                    decode=np.ones(len(sample.experts[tokens]), bool),
+                    token_ids=sample.token_ids[tokens] if ids else None,
+                    gate_ahead=sample.gate_ahead[tokens] if ahead else None,
+                )
+        scores = by_name(score_predictors(RoutingTrace.open(tmp_path / "t"), num_batches=20))
+        assert ("token-id" in scores, "gate-ahead" in scores) == (ids, ahead)
+        if ahead:
+            assert scores["gate-ahead"].layer_ids == (4, 6, 8)
+            assert (scores["gate-ahead"].hit_rate_at == 1).all()
 
 
 def test_independent_layers_leave_the_level_of_popularity() -> None:
