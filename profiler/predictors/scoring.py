@@ -6,8 +6,9 @@ popular experts differ from the estimated ones.
 
 Theirs (Lina): the estimate, and planning anew where the set of the top 2k differs. Ours, since the text at hand gives
 figures of "estimation accuracy" but not their formula: the share of the true 2K most popular that were estimated to be,
-with experts that are equally popular in truth counted in the estimate's favour. Lina's models choose one or two experts
-of at most 16; ``choices=1`` judges any trace as if its model had routed to first choices alone.
+with experts that are equally popular in truth counted in the estimate's favour.
+
+``choices=1`` judges any trace as if its model had routed to first choices alone.
 
 Source: Lina (USENIX ATC 2023), Fate, ExpertFlow.
 
