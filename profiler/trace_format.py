@@ -8,6 +8,8 @@ A trace is one safetensors file, T tokens, L MoE layers, K choices per token:
 * ``position`` int32 ``[T]``: place in the sequence, rising
 * ``decode`` uint8 ``[T]``: 1 where the token was fed in a decode step, 0 in prefill
 * ``token_ids`` int32 ``[T]`` (optional)
+* ``gate_ahead`` as ``experts``, ``[T, L - 1, K]`` (optional): at l the experts that MoE layer l + 1 would choose given
+  the gate input of layer l, sorted by falling weight
 
 Metadata (strings): ``format``, ``version``, ``model``, ``num_experts``, ``layer_ids`` (JSON list), and optionally
 ``domains`` (JSON list, one name per sequence id), ``source``, ``tool``, ``model_fingerprint``, ``expert_bytes``.
@@ -38,6 +40,7 @@ from profiler.trace_header import (
     metadata_list,
     read_header,
     read_layers,
+    tensor_shape,
 )
 from profiler.trace_writer import TraceWriter
 
@@ -51,8 +54,9 @@ TENSORS = {
     "position": ("I32",),
     "decode": ("U8",),
     "token_ids": ("I32",),
+    "gate_ahead": ("U8", "U16"),
 }
-OPTIONAL_TENSORS = ("weights", "token_ids")
+OPTIONAL_TENSORS = ("weights", "token_ids", "gate_ahead")
 TOKENS_PER_CHUNK = 65536
 TOKENS_BETWEEN_RELEASES = 262144
 TOKENS_PER_GATHER = 65536
@@ -70,6 +74,7 @@ class TraceChunk:
         position: int32 ``[T]``.
         decode: uint8 ``[T]``.
         token_ids: int32 ``[T]``, or None.
+        gate_ahead: uint8 or uint16 ``[T, L - 1, K]``, or None.
     """
 
     start: int
@@ -79,6 +84,7 @@ class TraceChunk:
     position: np.ndarray
     decode: np.ndarray
     token_ids: np.ndarray | None
+    gate_ahead: np.ndarray | None
 
     @property
     def num_tokens(self) -> int:
@@ -99,7 +105,7 @@ class RoutingTrace:
         top_k: experts per token and layer (K).
         num_tokens: T.
         domains: one name per sequence id, or None.
-        has_weights, has_token_ids: whether the optional tensors are there.
+        has_weights, has_token_ids, has_gate_ahead: whether the optional tensors are there.
         model_fingerprint: of the model's configuration, or None where the trace does not say.
         expert_bytes: bytes of one routed expert's weights in one layer, as traced, or None.
     """
@@ -134,7 +140,7 @@ class RoutingTrace:
             if name not in entries:
                 continue
             entry = entries[name]
-            expected = shape if name in ("experts", "weights") else shape[:1]
+            expected = tensor_shape(name, *shape)
             if entry.dtype_name not in names_of_dtypes or entry.shape != expected:
                 raise TraceError(
                     f"{self.path}: {name} is {entry.dtype_name} {list(entry.shape)}, expected "
@@ -143,6 +149,7 @@ class RoutingTrace:
             self._arrays[name] = map_tensor(self.path, entry)
         self.has_weights = "weights" in self._arrays
         self.has_token_ids = "token_ids" in self._arrays
+        self.has_gate_ahead = "gate_ahead" in self._arrays
 
     @classmethod
     def open(cls, path: str | Path, validate: bool = True) -> RoutingTrace:
@@ -251,6 +258,12 @@ class RoutingTrace:
             raise TraceError(f"{self.path}: holds no token ids; record it again with token_ids=true")
         return self._slice("token_ids", start, stop)
 
+    def gate_ahead(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Experts chosen one layer early, uint8 or uint16 ``[T, L - 1, K]``; TraceError where the trace has none."""
+        if not self.has_gate_ahead:
+            raise TraceError(f"{self.path}: holds no choices one layer early; record it again with gate_ahead=true")
+        return self._slice("gate_ahead", start, stop)
+
     def chunks(self, tokens_per_chunk: int = 65536) -> Iterator[TraceChunk]:
         """All tokens in order, at most ``tokens_per_chunk`` at a time; see ``expert_chunks`` on memory."""
         for start in range(0, self.num_tokens, tokens_per_chunk):
@@ -263,6 +276,7 @@ class RoutingTrace:
                 position=self.position(start, stop),
                 decode=self.decode(start, stop),
                 token_ids=self.token_ids(start, stop) if self.has_token_ids else None,
+                gate_ahead=self.gate_ahead(start, stop) if self.has_gate_ahead else None,
             )
             self._release_after(start, tokens_per_chunk)
 
