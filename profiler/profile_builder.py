@@ -5,6 +5,9 @@ Shape suffixes: T tokens, L layers, E experts, D domains, B batch sizes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 
 from profiler.convergence import measure_convergence
@@ -12,13 +15,35 @@ from profiler.counting import PopularityCounts
 from profiler.drift import Grouping, group_sequences, measure_drift, sequence_of_tokens, time_windows
 from profiler.measures import expected_active, mutual_information
 from profiler.potential import locality_potentials
+from profiler.predictors.scoring import score_predictors
 from profiler.profile import ActiveExperts, Information, ProfiledSource, RoutingProfile
 from profiler.routing_counts import RoutingCounts
+from profiler.routing_source import open_routing
 from profiler.statistics import RoutingStatistics, collect_groups, domain_of_tokens, shuffled_affinity
 from profiler.trace_format import RoutingTrace
 
 PHASES = ("prefill", "decode")
 BATCH_SIZES = tuple(2**n for n in range(11))
+
+
+def profile_file(path: Path, predictability: bool) -> RoutingProfile:
+    """Profile a trace or a file of counts.
+
+    Args:
+        path: the file.
+        predictability: whether to learn predictors and judge them, which needs even and odd sequences.
+
+    Raises:
+        TraceError: it cannot be read, or names so many domains that their tables would not fit the memory.
+    """
+    source = open_routing(path)
+    if isinstance(source, RoutingCounts):
+        return profile_counts(source, path.name)
+    with source:
+        profile = profile_trace(source)
+        if not predictability or len(np.unique(source.sequence() % 2)) < 2:
+            return profile
+        return replace(profile, predictors=score_predictors(source))
 
 
 def profile_counts(counts: RoutingCounts, name: str) -> RoutingProfile:

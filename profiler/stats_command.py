@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from profiler.errors import InputError
 
+if TYPE_CHECKING:
+    from profiler.profile import RoutingProfile
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``stats``."""
     parser.add_argument("trace", type=Path, metavar="TRACE", help="a routing trace or routing counts (.safetensors)")
+    parser.add_argument(
+        "--predictability",
+        action="store_true",
+        help="also learn predictors of every layer's experts on even sequences, and judge them on odd ones",
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -28,33 +37,42 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     Raises:
         InputError: the source cannot be read, or the output cannot be written.
     """
-    from profiler.profile_builder import profile_counts, profile_trace
-    from profiler.profile_json import profile_to_dict
-    from profiler.routing_counts import RoutingCounts
-    from profiler.routing_source import open_routing
-    from profiler.statistics import collect_by_domain, save_statistics
+    from profiler.predictors.table import predictability_table
+    from profiler.profile_builder import profile_file
     from profiler.tables import batch_table, closing_lines, group_table, layer_table
-    from profiler.trace_header import require_output, write_text
+    from profiler.trace_header import require_output
 
     if flags.output is not None:
         require_output(flags.output, [flags.trace])
-    source = open_routing(flags.trace)
-    as_json = flags.output is not None and flags.output.suffix == ".json"
-    if isinstance(source, RoutingCounts):
-        if flags.output is not None and not as_json:
-            raise InputError(f"{flags.output}: counts have no further counts behind them; name a .json file")
-        profile = profile_counts(source, flags.trace.name)
-    else:
-        profile = profile_trace(source)
-        if flags.output is not None and not as_json and profile.statistics is not None:
-            by_domain = {} if source.domains is None else collect_by_domain(source)
-            save_statistics(source, flags.output, profile.statistics, by_domain)
-    if as_json:
-        write_text(flags.output, json.dumps(profile_to_dict(profile), indent=1) + "\n")
+    with console.status("counting"):
+        profile = profile_file(flags.trace, flags.predictability)
+        if flags.output is not None:
+            _write(profile, flags.trace, flags.output)
     console.print(layer_table(profile))
     if profile.tokens_by_phase:
         console.print(group_table(profile))
     if profile.active is not None:
         console.print(batch_table(profile.active))
+    if profile.predictors:
+        console.print(predictability_table(profile.predictors))
+    elif flags.predictability:
+        console.print("predictability: not judged, because it takes a trace with even and odd sequences")
     for line in closing_lines(profile):
         console.print(line)
+
+
+def _write(profile: RoutingProfile, source: Path, output: Path) -> None:
+    """All figures as JSON, or the counts behind them as safetensors."""
+    from profiler.profile_json import profile_to_dict
+    from profiler.statistics import collect_by_domain, save_statistics
+    from profiler.trace_format import RoutingTrace
+    from profiler.trace_header import write_text
+
+    if output.suffix == ".json":
+        write_text(output, json.dumps(profile_to_dict(profile), indent=1) + "\n")
+    elif profile.statistics is None:
+        raise InputError(f"{output}: counts have no further counts behind them; name a .json file")
+    else:
+        with RoutingTrace.open(source, validate=False) as trace:
+            by_domain = {} if trace.domains is None else collect_by_domain(trace)
+            save_statistics(trace, output, profile.statistics, by_domain)

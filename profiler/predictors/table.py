@@ -18,16 +18,15 @@ def predictability_table(scores: Sequence[PredictorScore]) -> Table:
         scores: of one trace; at least one.
     """
     table = Table(title="how well a layer's experts are known before its router runs", caption=_caption(scores))
-    table.add_column("predictor")
-    table.add_column("from")
-    for column in ("experts hit", "first choice hit", "backed off", "popular hit", "re-plans"):
+    table.add_column("predictor", no_wrap=True)
+    for column in ("experts", "first", "unseen", "popular", "re-plans"):
         table.add_column(column, justify="right")
     table.add_column("paper")
     for score in scores:
         kept = np.isin(score.layer_ids, shared_layers(scores))
         rates = (score.hit_rate, score.top1_hit_rate, score.backed_off, score.batch_accuracy, score.replan_rate)
         cells = ["-" if rate is None else f"{rate[kept].mean():.1%}" for rate in rates]
-        table.add_row(score.predictor, escape(score.description), *cells, escape(score.paper or ""))
+        table.add_row(score.predictor, *cells, escape(score.paper or ""))
     return table
 
 
@@ -40,7 +39,8 @@ def _caption(scores: Sequence[PredictorScore]) -> str:
     first = scores[0]
     caption = (
         f"mean of {len(shared_layers(scores))} layers; learned from {first.learned_tokens:,} tokens of even sequences, "
-        f"judged on {first.judged_tokens:,} of odd ones"
+        f"judged on {first.judged_tokens:,} of odd ones. experts, first: share of a token's experts, of first choices, "
+        "that were predicted; unseen: tokens whose whole context was new"
     )
     if first.batch_tokens is None:
         return caption

@@ -31,7 +31,8 @@ def popularity_of(experts_TLK: np.ndarray, num_experts: int) -> np.ndarray:
 def route(experts_TLK: np.ndarray, decode: bool = True) -> RandomSequence:
     num_tokens = len(experts_TLK)
     weights = np.ones(experts_TLK.shape, np.float16)
-    return RandomSequence(experts_TLK, weights, np.full(num_tokens, decode), np.zeros(num_tokens, int))
+    tokens = (np.full(num_tokens, decode), np.zeros(num_tokens, int))
+    return RandomSequence(experts_TLK, weights, *tokens, gate_ahead=experts_TLK[:, 1:])
 
 
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), layers=st.integers(1, 3), seed=st.integers(0, 99))
@@ -186,3 +187,17 @@ def test_stats_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
         assert written == json.loads(json.dumps(profile_to_dict(profile_trace(trace))))
     assert written["source"]["layer_ids"] == [1, 4, 9]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["s.json", "t.safetensors"]
+
+
+def test_predictability_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sequences = random_sequences([30] * 4)
+    both = write_trace(tmp_path / "both.safetensors", sequences)
+    one = write_trace(tmp_path / "one.safetensors", sequences[:1])
+    assert main(["stats", str(both), "--predictability", "-o", str(tmp_path / "s.json")]) == 0
+    assert "path-2" in capsys.readouterr().out
+    names = [score["predictor"] for score in json.loads((tmp_path / "s.json").read_text())["predictors"]]
+    assert {"popularity", "path-1", "path-2", "token-id"} <= set(names)
+    assert main(["stats", str(one), "--predictability"]) == 0
+    assert "not judged" in capsys.readouterr().out
+    assert main(["stats", str(both)]) == 0
+    assert "path-2" not in capsys.readouterr().out
