@@ -142,8 +142,8 @@ def _convergence(profile: RoutingProfile) -> Finding | None:
     relation = "within" if low <= stable <= high else "fewer than" if stable < low else "more than"
     return Finding(
         f"{stable:,} tokens",
-        f"The affinity is stable after {stable:,} tokens, {relation} {claim}; a distance of {convergence.floor:.2f} "
-        "remains between it and unseen tokens however many are counted here.",
+        f"The affinity is stable after {stable:,} tokens, {relation} {claim}; a distance of {convergence.floor:.3f} "
+        f"from unseen tokens remains at {int(convergence.tokens[-1]):,}, the most that were counted.",
     )
 
 
@@ -174,8 +174,8 @@ def _time(profile: RoutingProfile) -> Finding | None:
     )
     return Finding(
         _percent(moved),
-        f"Over time, window “{name}” differs most from the whole: {_percent(moved)} of choices would have to change "
-        f"({_percent(control)} at random): {meaning}",
+        f"Over time, window {name} of {len(profile.time_drift.names)} differs most from the whole: {_percent(moved)} of "
+        f"its choices would have to change ({_percent(control)} for as many sequences at random): {meaning}",
     )
 
 

@@ -43,14 +43,14 @@ def source_facts(profile: RoutingProfile) -> list[tuple[str, str]]:
     span = f"layer {ids[0]}" if layers == 1 else f"from layer {ids[0]} to {ids[-1]}"
     facts = [
         ("File", source.path),
-        ("Source", source.source),
         ("Tokens", _whole(source.num_tokens)),
         ("Phases", ", ".join(f"{name} {count:,}" for name, count in profile.tokens_by_phase.items())),
         ("Sequences", _whole(source.num_sequences)),
         ("Domains", f"{len(profile.tokens_by_domain):,}" if profile.tokens_by_domain else "none named"),
         ("MoE layers", f"{layers:,}, {span}"),
         ("Experts", f"{source.num_experts:,} per layer"),
-        ("Top-k", "not recorded" if source.top_k is None else f"{source.top_k} experts per token and layer"),
+        ("Top-k", "not recorded" if source.top_k is None else f"{source.top_k} per token and layer"),
+        ("Source", source.source),
     ]
     return [(name, value) for name, value in facts if value]
 

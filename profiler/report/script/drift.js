@@ -12,7 +12,7 @@ function groupAxis(colours, labels, extra) {
   return axis(colours, "", { tickmode: "array", tickvals: labels.at, ticktext: labels.text, showgrid: false, ...extra });
 }
 
-async function drawDistances(element, colours, drift) {
+async function drawDistances(element, colours, drift, noun) {
   const labels = groupLabels(drift);
   const size = drift.names.length;
   const details = labels.full.map((row) => labels.full.map((column) => [row, column]));
@@ -30,13 +30,13 @@ async function drawDistances(element, colours, drift) {
     xaxis: groupAxis(colours, labels, { tickangle: size > 5 || NARROW.matches ? -45 : 0 }),
     yaxis: groupAxis(colours, labels, { autorange: "reversed" }),
   });
-  await Plotly.react(element, [trace], figure, settings());
+  await Plotly.react(element, [trace], figure, SETTINGS);
   let pair = [0, 0];
   drift.distance.forEach((row, a) => row.forEach((value, b) => {
     if (value > drift.distance[pair[0]][pair[1]]) pair = [a, b];
   }));
   const [a, b] = pair;
-  return `Farthest apart: ${drift.names[a]} and ${drift.names[b]}, ${percent(drift.distance[a][b])} of choices.`;
+  return `Farthest apart: ${noun}${drift.names[a]} and ${noun}${drift.names[b]}, ${percent(drift.distance[a][b])} of choices.`;
 }
 
 async function drawBars(element, colours, drift) {
@@ -57,7 +57,7 @@ async function drawBars(element, colours, drift) {
     xaxis: axis(colours, "total variation from the whole trace", { tickformat: ".0%", rangemode: "tozero" }),
     yaxis: groupAxis(colours, labels, { autorange: "reversed" }),
   });
-  await Plotly.react(element, traces, figure, settings());
+  await Plotly.react(element, traces, figure, SETTINGS);
   const beyond = drift.to_all.filter((value, index) => value > drift.to_all_control[index]).length;
   return `${beyond} of ${drift.names.length} lie farther from the whole than random groups do.`;
 }

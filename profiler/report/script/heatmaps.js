@@ -2,7 +2,7 @@
 
 function colourBar(colours, title, ticks) {
   const place = NARROW.matches
-    ? { orientation: "h", x: 0.5, xanchor: "center", y: 1, yanchor: "bottom", len: 1, thickness: 10 }
+    ? { orientation: "h", x: 0.5, xanchor: "center", y: 1, yanchor: "bottom", ypad: 2, len: 1, thickness: 10 }
     : { x: 1.01, xpad: 4, thickness: 12, len: 1 };
   return {
     ...place,
@@ -85,11 +85,11 @@ async function drawPopularity(element, colours) {
   );
   const rows = DATA.layers.length;
   const figure = layout(colours, {
-    height: Math.min(720, Math.max(220, rows * (NARROW.matches ? 9 : 17) + 100)),
+    height: Math.min(720, Math.max(220, rows * (NARROW.matches ? 10 : 17) + (NARROW.matches ? 150 : 100))),
     xaxis: axis(colours, "expert", { showgrid: false }),
     yaxis: axis(colours, "layer", { type: "category", autorange: "reversed", showgrid: false }),
   });
-  await Plotly.react(element, [trace], figure, settings());
+  await Plotly.react(element, [trace], figure, SETTINGS);
   const most = highest(ratios);
   if (!most) return `${view.label}: nothing was chosen.`;
   const layer = ratios.findIndex((row) => row.includes(most));
@@ -134,7 +134,7 @@ async function drawPairs(element, colours, shares, rowLayer, columnLayer, measur
     xaxis: axis(colours, rowLayer === columnLayer ? "other expert" : `expert in layer ${ids[1]}`, { showgrid: false }),
     yaxis: axis(colours, `expert in layer ${ids[0]}`, { autorange: "reversed", showgrid: false }),
   });
-  await Plotly.react(element, [trace], figure, settings());
+  await Plotly.react(element, [trace], figure, SETTINGS);
   const best = strongestPair(known, rowChance, columnChance);
   if (!best.excess) return `Layer ${ids[0]}: no pair is chosen more often than popularity alone gives.`;
   return (

@@ -18,11 +18,23 @@ const DOTTED = { line: { dash: "dot", width: 1.5 }, trace: { mode: "lines" } };
 
 function lineChart(element, colours, traces, xaxis, yaxis, extra) {
   const figure = layout(colours, { height: 320, hovermode: "x unified", xaxis, yaxis, ...extra });
-  return Plotly.react(element, traces, figure, settings());
+  return Plotly.react(element, traces, figure, SETTINGS);
+}
+
+// The values that were measured, fewer of them on a phone.
+function logAxis(colours, title, values) {
+  const every = NARROW.matches && values.length > 7 ? 2 : 1;
+  const shown = values.filter((_, index) => index % every === 0);
+  return axis(colours, title, { type: "log", tickmode: "array", tickvals: shown, ticktext: shown.map(abbreviate), tickangle: 0, showgrid: false });
+}
+
+function abbreviate(count) {
+  if (count < 10000) return count.toLocaleString("en");
+  return count < 1e6 ? `${Number((count / 1e3).toPrecision(3))}k` : `${Number((count / 1e6).toPrecision(3))}M`;
 }
 
 function layerAxis(colours, title) {
-  return axis(colours, title, { type: "category", showgrid: false });
+  return axis(colours, title, { type: "category", tickangle: 0, nticks: NARROW.matches ? 8 : 24, showgrid: false });
 }
 
 async function drawSkew(element, colours) {
@@ -34,7 +46,7 @@ async function drawSkew(element, colours) {
   ];
   await lineChart(element, colours, traces, layerAxis(colours, "layer"), axis(colours, "busiest / mean", { rangemode: "tozero" }), {
     margin: { l: 48, r: 48, t: 12, b: 44 },
-    yaxis2: axis(colours, "Gini coefficient", { overlaying: "y", side: "right", showgrid: false, range: [0, 1] }),
+    yaxis2: axis(colours, "Gini coefficient", { overlaying: "y", side: "right", showgrid: false, range: [0, 1], tickmode: "linear", dtick: 0.25 }),
   });
   const known = skew.filter((value) => value !== null);
   if (!known.length) return "No layer has any choice.";
@@ -43,14 +55,14 @@ async function drawSkew(element, colours) {
 
 async function drawInformation(element, colours) {
   const info = DATA.information;
-  const pairs = DATA.layers.slice(1).map((layer, index) => `${DATA.layers[index]}→${layer}`);
+  const from = DATA.layers.slice(0, -1).map(String);
   const traces = [
-    line(colours, "top-1, first choices", pairs, info.top1, 1),
-    line(colours, "top-1, shuffled", pairs, info.top1_shuffled, 1, DOTTED),
-    line(colours, "all pairs", pairs, info.pairs, 0),
-    line(colours, "all pairs, shuffled", pairs, info.pairs_shuffled, 0, DOTTED),
+    line(colours, "all pairs of choices", from, info.pairs, 0),
+    line(colours, "shuffled", from, info.pairs_shuffled, 0, DOTTED),
+    line(colours, "first choices", from, info.top1, 1),
+    line(colours, "first choices, shuffled", from, info.top1_shuffled, 1, DOTTED),
   ];
-  await lineChart(element, colours, traces, layerAxis(colours, "layers"), axis(colours, "bits", { rangemode: "tozero" }));
+  await lineChart(element, colours, traces, layerAxis(colours, "from layer, to the next"), axis(colours, "bits", { rangemode: "tozero" }));
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
   return `Mean over layers: ${mean(info.pairs).toFixed(3)} bits, ${mean(info.pairs_shuffled).toFixed(3)} with tokens shuffled.`;
 }
@@ -65,9 +77,7 @@ async function drawActive(element, colours) {
     line(colours, "mixed traffic", active.batches, active.mixed, 0),
   ];
   if (active.same_domain) traces.push(line(colours, "one domain per batch", active.batches, active.same_domain, 1));
-  const xaxis = axis(colours, `tokens in the batch (${active.phase})`, {
-    type: "log", tickmode: "array", tickvals: active.batches, showgrid: false,
-  });
+  const xaxis = logAxis(colours, `tokens in the batch (${active.phase})`, active.batches);
   await lineChart(element, colours, traces, xaxis, axis(colours, "distinct experts per layer", { rangemode: "tozero" }), { height: 360 });
   const last = active.batches.length - 1;
   return `From ${active.mixed[0].toFixed(1)} experts at ${active.batches[0]} to ${active.mixed[last].toFixed(1)} of ${DATA.experts} at ${active.batches[last]} tokens, mean over layers.`;
@@ -90,7 +100,7 @@ async function drawConvergence(element, colours) {
     text: "ExFlow’s claim", xref: "x", yref: "paper", x: Math.log10(Math.sqrt(1000 * 3000)), y: 1, yanchor: "top",
     showarrow: false, font: { size: 11, color: colours.muted },
   };
-  const xaxis = axis(colours, "tokens counted", { type: "log", showgrid: false, dtick: NARROW.matches ? 1 : "D2" });
+  const xaxis = logAxis(colours, "tokens counted", convergence.tokens);
   await lineChart(element, colours, traces, xaxis, axis(colours, "total variation", { rangemode: "tozero" }), {
     shapes: [claim, floor], annotations: [note],
   });

@@ -8,9 +8,9 @@ const CHARTS = {
   "information-chart": drawInformation,
   "active-chart": drawActive,
   "convergence-chart": drawConvergence,
-  "domains-matrix": (element, colours) => drawDistances(element, colours, DATA.domains),
+  "domains-matrix": (element, colours) => drawDistances(element, colours, DATA.domains, ""),
   "domains-bars": (element, colours) => drawBars(element, colours, DATA.domains),
-  "time-matrix": (element, colours) => drawDistances(element, colours, DATA.time),
+  "time-matrix": (element, colours) => drawDistances(element, colours, DATA.time, "window "),
   "time-bars": (element, colours) => drawBars(element, colours, DATA.time),
   "predictors-chart": drawPredictors,
 };
@@ -29,6 +29,10 @@ async function draw(id) {
   }
   running.set(id, "once");
   const element = document.getElementById(id);
+  if (element.dataset.narrow !== String(NARROW.matches)) {
+    Plotly.purge(element); // plotly does not turn a colour bar that it has drawn
+    element.dataset.narrow = String(NARROW.matches);
+  }
   const said = await CHARTS[id](element, readColours());
   const again = running.get(id) === "again";
   running.delete(id);
@@ -45,11 +49,15 @@ async function draw(id) {
 const present = Object.keys(CHARTS).filter((id) => document.getElementById(id));
 
 // From the top of the page, with a pause after each, so that it can be read and scrolled meanwhile.
+let pending = 0;
+
 async function drawAll() {
+  pending += 1;
   for (const id of present) {
     await draw(id);
     await new Promise((resolve) => setTimeout(resolve));
   }
+  pending -= 1;
 }
 
 for (const select of document.querySelectorAll("select[data-chart]")) {

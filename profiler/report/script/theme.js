@@ -66,14 +66,7 @@ function layout(colours, extra) {
   };
 }
 
-function settings() {
-  return {
-    responsive: true,
-    displaylogo: false,
-    displayModeBar: NARROW.matches || TOUCH.matches ? false : "hover",
-    modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]],
-  };
-}
+const SETTINGS = { responsive: true, displayModeBar: false };
 
 function percent(share) {
   return (100 * share).toFixed(share < 0.0995 ? 1 : 0) + "%";
