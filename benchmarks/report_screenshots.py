@@ -20,7 +20,6 @@ DESKTOP = (1120, 1560)  # CSS pixels: the summary and the first map
 PHONE = (360, 740)
 PHONE_PARTS = ("header", "#popularity", "#affinity", "#active")  # side by side, each one screen from its start
 GAP = 24
-COLOURS = 128  # of the palette that the pictures are reduced to
 
 
 def capture(browser: Chrome) -> Image.Image:
@@ -62,7 +61,7 @@ def main() -> None:
     flags = parser.parse_args()
     with open_browser() as browser:
         for take, path in ((desktop, flags.desktop), (phone, flags.phone)):
-            take(browser, flags.page).quantize(COLOURS).save(path, optimize=True)
+            take(browser, flags.page).save(path, optimize=True)
             print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -5,7 +5,10 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
         "Uniform share",
         "What each expert would get if all experts of a layer were chosen equally often; 2× means twice that.",
     ),
-    ("Busiest / mean", "Choices of a layer's busiest expert divided by the mean over its experts; 1 is perfectly even."),
+    (
+        "Busiest / mean",
+        "Choices of a layer's busiest expert divided by the mean over its experts; 1 is perfectly even.",
+    ),
     (
         "Gini coefficient",
         "Unevenness of a layer's experts from 0, all chosen equally often, towards 1, one expert chosen always.",
@@ -54,8 +57,8 @@ GLOSSARY: tuple[tuple[str, str], ...] = (
     ("Random control", "The drift of a group of as many sequences put together at random."),
     (
         "Kept on one GPU",
-        "Pairs of experts that a token chooses in adjacent layers and that stand on the same GPU, with one copy of each "
-        "expert and equal slots; placed by the affinity of even sequences, judged on odd ones.",
+        "Pairs of experts that a token chooses in adjacent layers and that stand on the same GPU, with one copy of "
+        "each expert and equal slots; placed by the affinity of even sequences, judged on odd ones.",
     ),
     ("Hit rate", "Share of a token's top-k experts that are among the k predicted, on sequences not learned from."),
     ("Top-1 hit rate", "Share of tokens whose first choice is the first expert predicted."),

@@ -106,8 +106,8 @@ def _information(profile: RoutingProfile) -> Finding | None:
     )
     return Finding(
         f"{bits:.3f} bits",
-        f"An expert of one layer tells {bits:.3f} bits about the token's experts in the next, against {chance:.3f} bits "
-        f"with tokens shuffled: {meaning}",
+        f"An expert of one layer tells {bits:.3f} bits about the token's experts in the next, against {chance:.3f} "
+        f"bits with tokens shuffled: {meaning}",
     )
 
 
@@ -174,8 +174,8 @@ def _time(profile: RoutingProfile) -> Finding | None:
     )
     return Finding(
         _percent(moved),
-        f"Over time, window {name} of {len(profile.time_drift.names)} differs most from the whole: {_percent(moved)} of "
-        f"its choices would have to change ({_percent(control)} for as many sequences at random): {meaning}",
+        f"Over time, window {name} of {len(profile.time_drift.names)} differs most from the whole: {_percent(moved)} "
+        f"of its choices would have to change ({_percent(control)} for as many sequences at random): {meaning}",
     )
 
 

@@ -27,7 +27,7 @@ class Table:
 
     caption: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     words: int = 1
     trailing_words: bool = False
 
@@ -76,9 +76,7 @@ def layer_table(profile: RoutingProfile) -> Table:
 
 def potential_table(profile: RoutingProfile) -> Table:
     """How much of the routing placement by affinity keeps on one GPU."""
-    rows = [
-        (str(p.num_gpus), f"{p.contiguous:.1%}", f"{p.kept:.1%}", f"{p.max_load:.2f}") for p in profile.potentials
-    ]
+    rows = [(str(p.num_gpus), f"{p.contiguous:.1%}", f"{p.kept:.1%}", f"{p.max_load:.2f}") for p in profile.potentials]
     columns = ("GPUs", "kept, contiguous", "kept, by affinity", "busiest GPU / mean, by affinity")
     return Table("Pairs of adjacent layers that stay on one GPU", columns, rows, words=0)
 
@@ -104,8 +102,7 @@ def convergence_table(profile: RoutingProfile) -> Table | None:
     if convergence is None:
         return None
     rows = [
-        (f"{int(n):,}", f"{distance:.4f}")
-        for n, distance in zip(convergence.tokens, convergence.distance, strict=True)
+        (f"{int(n):,}", f"{distance:.4f}") for n, distance in zip(convergence.tokens, convergence.distance, strict=True)
     ]
     return Table("Total variation from the affinity of all other tokens", ("tokens counted", "distance"), rows, words=0)
 

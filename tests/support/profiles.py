@@ -25,7 +25,11 @@ BATCH_SIZES = (1, 8, 32, 256)
 
 
 def make_profile(
-    num_layers: int = 6, num_experts: int = 8, top_k: int = 2, num_tokens: int = 400, domains: tuple[str, ...] = ("a", "b")
+    num_layers: int = 6,
+    num_experts: int = 8,
+    top_k: int = 2,
+    num_tokens: int = 400,
+    domains: tuple[str, ...] = ("a", "b"),
 ) -> RoutingProfile:
     """A profile of that shape; layers are the odd ones, as in a model with dense layers in between."""
     routes_TLK = SyntheticRouting(num_layers, num_experts, top_k, num_tokens).routes()
@@ -68,7 +72,9 @@ def make_drift(names: tuple[str, ...], rng: np.random.Generator) -> Drift:
     return Drift(names, np.full(len(names), 100), half + half.T, to_all, to_all / 2)
 
 
-def make_score(name: str, layer_ids: tuple[int, ...], rng: np.random.Generator, paper: str | None = None) -> PredictorScore:
+def make_score(
+    name: str, layer_ids: tuple[int, ...], rng: np.random.Generator, paper: str | None = None
+) -> PredictorScore:
     """Random hit rates."""
     rates = (0.3 + 0.5 * rng.random(len(layer_ids)) for _ in range(4))
     return PredictorScore(name, f"what {name} sees", layer_ids, *rates, paper)

@@ -86,7 +86,8 @@ async function drawPopularity(element, colours) {
   const rows = DATA.layers.length;
   const figure = layout(colours, {
     height: Math.min(720, Math.max(220, rows * (NARROW.matches ? 10 : 17) + (NARROW.matches ? 150 : 100))),
-    xaxis: axis(colours, "expert", { showgrid: false }),
+    // plotly moves a title away only from labels that it overlaps: a shorter one fits between two of them
+    xaxis: axis(colours, "number of the expert", { showgrid: false }),
     yaxis: axis(colours, "layer", { type: "category", autorange: "reversed", showgrid: false }),
   });
   await Plotly.react(element, [trace], figure, SETTINGS);
