@@ -32,7 +32,7 @@ HOSTILE = "</script><script>alert(1)</script><b>&amp;\u2028\ud800"
 
 
 class Outline(HTMLParser):
-    """Elements, their ids, everything that points outside the file, and text that stands outside scripts."""
+    """Elements, their ids, every address, and the text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -40,7 +40,6 @@ class Outline(HTMLParser):
         self.ids: list[str] = []
         self.addresses: list[str] = []
         self.text = ""
-        self.raw = ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -52,8 +51,6 @@ class Outline(HTMLParser):
                 self.addresses.append(value or "")
 
     def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1] in ("script", "style"):
-            self.raw += data
         self.text += data
 
 
