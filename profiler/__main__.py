@@ -1,4 +1,4 @@
-"""Command line of the profiler: ``python -m profiler trace|info|stats|report``."""
+"""Command line of the profiler: ``python -m profiler trace|import|info|stats|report|merge|split|sample``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _run_trace(flags: argparse.Namespace) -> None:
     from rich.console import Console
 
     from profiler.settings import TraceSettings
-    from profiler.tables import summary_table
+    from profiler.summary import summary_table
     from profiler.trace_command import record_trace
     from profiler.trace_format import RoutingTrace
 
@@ -54,6 +54,11 @@ def _verbs() -> list[Verb]:
             _add_trace_arguments,
             _run_trace,
         ),
+        _verb(
+            "import",
+            "a serving engine's recording as a trace, or as counts",
+            "python -m profiler import --from sglang dump_0.pt dump_1.pt --like MODEL -o trace.safetensors",
+        ),
         _verb("info", "what is in a trace", "python -m profiler info trace.safetensors"),
         _verb(
             "stats",
@@ -64,6 +69,21 @@ def _verbs() -> list[Verb]:
             "report",
             "popularity, affinity, drift and predictability on one page that opens offline",
             "python -m profiler report trace.safetensors -o report.html",
+        ),
+        _verb(
+            "merge",
+            "several traces of one model as one",
+            "python -m profiler merge monday.safetensors tuesday.safetensors -o week.safetensors",
+        ),
+        _verb(
+            "split",
+            "one trace as several, by domain, phase or sequence",
+            "python -m profiler split trace.safetensors --by sequence --parts 0.8,0.2 -o parts",
+        ),
+        _verb(
+            "sample",
+            "some sequences or tokens of a trace, drawn at random",
+            "python -m profiler sample trace.safetensors --tokens 100000 -o small.safetensors",
         ),
     ]
 

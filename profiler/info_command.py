@@ -1,4 +1,4 @@
-"""``python -m profiler info``: what is in a trace."""
+"""``python -m profiler info``: what is in a trace, or in a file of counts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from rich.console import Console
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``info``."""
-    parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="routing traces (.safetensors)")
+    parser.add_argument("traces", type=Path, nargs="+", metavar="TRACE", help="routing traces or counts (.safetensors)")
 
 
 def run(flags: argparse.Namespace, console: Console) -> None:
-    """Print a summary of every trace.
+    """Print a summary of every trace and of every file of counts.
 
     Raises:
-        InputError: a trace cannot be read.
+        InputError: a file cannot be read.
     """
-    from profiler.tables import summary_table
-    from profiler.trace_format import RoutingTrace
+    from profiler.routing_counts import RoutingCounts
+    from profiler.routing_source import open_routing
+    from profiler.summary import counts_table, summary_table
 
     for path in flags.traces:
-        with RoutingTrace.open(path) as trace:
-            console.print(summary_table(trace))
+        source = open_routing(path)
+        if isinstance(source, RoutingCounts):
+            console.print(counts_table(path, source))
+        else:
+            with source:
+                console.print(summary_table(source))

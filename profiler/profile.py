@@ -141,9 +141,15 @@ class PredictorScore:
         hit_rate: float64 ``[M]``, share of a token's K experts that are among the K predicted.
         top1_hit_rate: float64 ``[M]``, share of tokens whose first choice is the first predicted.
         batch_accuracy: float64 ``[M]`` or None: share of the 2K most popular experts of a batch that the estimate has
-            among its 2K most popular.
+            among its 2K most popular. None where a layer has no more than 2K.
         replan_rate: float64 ``[M]`` or None: share of batches whose set of the 2K most popular differs.
         paper: what the paper reports, in a few words, or None.
+        hit_rate_at: float64 ``[M, K]``, share of a token's first k choices that are among the first k predicted, for
+            k = 1 to K; None where only the two rates above are known.
+        backed_off: float64 ``[M]`` or None: share of tokens for which less than the whole context had to do, since the
+            whole had not been seen.
+        batch_tokens: tokens of each batch, or None.
+        learned_tokens, judged_tokens: tokens learned from and judged on; fewer than the trace has where it is sampled.
     """
 
     predictor: str
@@ -154,6 +160,11 @@ class PredictorScore:
     batch_accuracy: np.ndarray | None
     replan_rate: np.ndarray | None
     paper: str | None
+    hit_rate_at: np.ndarray | None = None
+    backed_off: np.ndarray | None = None
+    batch_tokens: int | None = None
+    learned_tokens: int = 0
+    judged_tokens: int = 0
 
 
 @dataclass(frozen=True)

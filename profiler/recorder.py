@@ -1,13 +1,17 @@
 """Records the routes of batches of prompts while Transformers' own ``generate`` runs them.
 
+Every forward pass runs eagerly: ``generate`` is told not to compile. Hooks are Python, which CUDA graphs would not run;
+the routes of decode steps under CUDA graphs are therefore not recorded. They are the same up to rounding.
+
 Shape suffixes: B prompts of a batch, S positions of the padded batch, N = B x S tokens of one call, T tokens of one
 sequence, L MoE layers, K choices per token.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,10 +21,14 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from profiler.errors import ModelError
+from profiler.gate_ahead import GateAhead
+from profiler.route_buffer import RouteBuffer, call_reader
 from profiler.seam import MoELayer, find_moe_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 # Whatever stands at padded positions is masked and never recorded.
 PADDING_TOKEN = 0
@@ -35,12 +43,15 @@ class SequenceRoutes:
         weights: float16 ``[T, L, K]``.
         token_ids: int64 ``[T]``, the tokens that were fed.
         decode: bool ``[T]``, fed in a decode step.
+        gate_ahead: int32 ``[T, L - 1, K]``, at l what MoE layer l + 1 would choose given the gate input of layer l,
+            sorted by falling weight; None where that was not recorded.
     """
 
     experts: np.ndarray
     weights: np.ndarray
     token_ids: np.ndarray
     decode: np.ndarray
+    gate_ahead: np.ndarray | None = None
 
 
 def require_one_shape(layers: Sequence[MoELayer]) -> None:
@@ -71,7 +82,7 @@ class RouteRecorder:
         self.layers = layers
         self._on_forward = on_forward
         self._handles: list[RemovableHandle] = []
-        self._calls: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in layers]
+        self._buffer = RouteBuffer([layer.name for layer in layers], layers[0].top_k)
 
     def __enter__(self) -> RouteRecorder:
         for index, layer in enumerate(self.layers):
@@ -86,22 +97,10 @@ class RouteRecorder:
         self._handles = []
 
     def _make_hook(self, index: int) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        layer = self.layers[index]
-        names = list(inspect.signature(type(layer.experts).forward).parameters)[1:4]
+        read = call_reader(self.layers[index])
 
         def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = dict(zip(names, args, strict=False)) | kwargs
-            experts_NK, weights_NK = given[names[1]], given[names[2]]
-            shape = (len(experts_NK), layer.top_k)
-            if experts_NK.dtype.is_floating_point or experts_NK.shape != shape or weights_NK.shape != shape:
-                raise ModelError(
-                    f"{layer.name} is called with indices {list(experts_NK.shape)} and weights "
-                    f"{list(weights_NK.shape)}, expected [tokens, {layer.top_k}]; this model cannot be recorded"
-                )
-            # Sorted here, because float16 may round different weights to equal ones; stable, so that experts of equal
-            # weight keep the router's order.
-            sorted_NK, order_NK = weights_NK.detach().float().sort(dim=1, descending=True, stable=True)
-            self._calls[index].append((experts_NK.gather(1, order_NK).to(torch.int32), sorted_NK.half()))
+            self._buffer.add(index, read(args, kwargs))
             if index == 0:
                 self._on_forward()
 
@@ -120,20 +119,7 @@ class RouteRecorder:
         Raises:
             ModelError: a layer did not see every position of every prompt exactly once.
         """
-        experts_LBSK: list[np.ndarray] = []
-        weights_LBSK: list[np.ndarray] = []
-        for layer, calls in zip(self.layers, self._calls, strict=True):
-            tokens = sum(len(experts) for experts, _ in calls)
-            if tokens != batch_size * positions or any(len(experts) % batch_size for experts, _ in calls):
-                raise ModelError(
-                    f"{layer.name} saw {tokens} tokens, expected {batch_size} x {positions}; this model cannot be "
-                    "recorded"
-                )
-            for kept, column in ((experts_LBSK, 0), (weights_LBSK, 1)):
-                parts = [call[column].view(batch_size, -1, layer.top_k) for call in calls]
-                kept.append(torch.cat(parts, dim=1).cpu().numpy())
-            calls.clear()
-        return np.stack(experts_LBSK, axis=2), np.stack(weights_LBSK, axis=2)
+        return self._buffer.take(batch_size, positions)
 
 
 @torch.inference_mode()
@@ -145,6 +131,7 @@ def record_routes(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    gate_ahead: bool = False,
     on_forward: Callable[[], None] = lambda: None,
 ) -> Iterator[SequenceRoutes]:
     """Run prompts in batches, padded on the left, and yield every prompt's routes in order.
@@ -158,21 +145,27 @@ def record_routes(
         max_new_tokens: tokens generated per prompt, unless it ends before.
         temperature: 0 takes the likeliest token, anything above samples.
         seed: of the sampling.
+        gate_ahead: also record what every MoE layer but the first would choose one layer early.
         on_forward: called once per forward pass.
 
     Yields:
         One record per prompt.
 
     Raises:
-        ModelError: the model has no MoE layer, or routes in a way that a trace cannot hold.
+        ModelError: the model has no MoE layer, or routes in a way that a trace cannot hold; or ``gate_ahead`` is asked
+            of a model whose gates cannot be asked ahead.
     """
     layers = find_moe_layers(model)
+    _tell_about_compilation(model)
     torch.manual_seed(seed)
-    with RouteRecorder(layers, on_forward) as recorder:
+    asking = GateAhead(model, layers) if gate_ahead else nullcontext()
+    with RouteRecorder(layers, on_forward) as recorder, asking as ahead:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            token_ids_BS = _generate(model, batch, max_new_tokens, temperature)
-            experts_BSLK, weights_BSLK = recorder.take(len(batch), token_ids_BS.shape[1] - 1)
+            token_ids_BS = generate_batch(model, batch, max_new_tokens, temperature)
+            positions = token_ids_BS.shape[1] - 1
+            experts_BSLK, weights_BSLK = recorder.take(len(batch), positions)
+            ahead_BSLK = ahead.take(len(batch), positions) if ahead else None
             padded_prompt = max(len(prompt) for prompt in batch)
             for row, prompt in enumerate(batch):
                 first = padded_prompt - len(prompt)
@@ -183,13 +176,38 @@ def record_routes(
                     weights=weights_BSLK[row, fed],
                     token_ids=token_ids_BS[row, fed],
                     decode=np.arange(len(experts_TLK)) >= len(prompt),
+                    gate_ahead=None if ahead_BSLK is None else ahead_BSLK[row, fed],
                 )
 
 
-def _generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float
+def _tell_about_compilation(model: PreTrainedModel) -> None:
+    from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
+
+    settings = model.generation_config
+    cache, compiled = settings.cache_implementation, getattr(settings, "compile_config", None) is not None
+    if compiled or (cache is not None and cache in ALL_STATIC_CACHE_IMPLEMENTATIONS):
+        asked = "compilation" if compiled else f"a {cache} cache, which is compiled,"
+        logger.warning(
+            "the model's generation settings ask for %s: routes are recorded with compilation off, so decode steps run "
+            "eagerly and not under CUDA graphs",
+            asked,
+        )
+
+
+def generate_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0
 ) -> np.ndarray:
-    """Prompts and continuations, int64 ``[B, S + 1]``, padded on the left, and on the right after an end token."""
+    """Run one batch as it is recorded, whether a recorder is entered or not.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: token ids of each prompt, at least one each.
+        max_new_tokens: tokens generated per prompt, unless all end before.
+        temperature: 0 takes the likeliest token, anything above samples.
+
+    Returns:
+        Prompts and continuations, int64 ``[B, S + 1]``, padded on the left, and on the right after an end token.
+    """
     length = max(len(prompt) for prompt in prompts)
     token_ids = torch.full((len(prompts), length), PADDING_TOKEN, dtype=torch.int64)
     mask = torch.zeros_like(token_ids)

@@ -31,6 +31,7 @@ class TraceSettings:
     device: str
     weights: bool
     token_ids: bool
+    gate_ahead: bool
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TraceSettings:
@@ -47,7 +48,7 @@ class TraceSettings:
         is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
         if not is_number or not math.isfinite(temperature) or temperature < 0:
             raise InputError(f"temperature={temperature}: expected a number >= 0")
-        for name in ("weights", "token_ids"):
+        for name in ("weights", "token_ids", "gate_ahead"):
             if not isinstance(values[name], bool):
                 raise InputError(f"{name}={values[name]}: expected true or false")
         return cls(
@@ -63,6 +64,7 @@ class TraceSettings:
             device=device,
             weights=values["weights"],
             token_ids=values["token_ids"],
+            gate_ahead=values["gate_ahead"],
         )
 
 

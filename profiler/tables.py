@@ -1,8 +1,6 @@
-"""The short tables that the verbs print about a trace or a file of counts."""
+"""The short tables that ``stats`` prints about a trace or a file of counts."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from rich.markup import escape
@@ -10,31 +8,6 @@ from rich.table import Table
 
 from profiler.measures import entropy_bits, gini, popularity_skew, total_variation
 from profiler.profile import ActiveExperts, Information, RoutingProfile
-from profiler.statistics import collect_statistics
-from profiler.trace_format import RoutingTrace
-
-
-def summary_table(trace: RoutingTrace) -> Table:
-    """What is in a trace, in a few lines."""
-    popularity = collect_statistics(trace).popularity
-    skew = popularity_skew(popularity)
-    decoded = int(trace.decode().sum(dtype=np.int64))
-    kept = [name for name, there in (("weights", trace.has_weights), ("token ids", trace.has_token_ids)) if there]
-    table = Table(show_header=False)
-    for name, value in (
-        ("trace", str(trace.path)),
-        ("model", trace.model),
-        ("tokens", f"{trace.num_tokens:,} ({trace.num_tokens - decoded:,} prefill, {decoded:,} decode)"),
-        ("sequences", f"{trace.num_sequences:,}"),
-        ("domains", "none" if trace.domains is None else str(len(set(trace.domains)))),
-        ("MoE layers", f"{trace.num_layers}: {_ranges(trace.layer_ids)}"),
-        ("experts", f"top-{trace.top_k} of {trace.num_experts}"),
-        ("busiest expert / mean", f"{skew.mean():.2f} (mean over layers), {skew.max():.2f} (worst layer)"),
-        ("experts never chosen", str(int((popularity == 0).sum()))),
-        ("also recorded", ", ".join(kept) or "nothing"),
-    ):
-        table.add_row(name, escape(value))
-    return table
 
 
 def layer_table(profile: RoutingProfile) -> Table:
@@ -118,10 +91,3 @@ def closing_lines(profile: RoutingProfile) -> list[str]:
 
 def _columns(information: Information) -> tuple[np.ndarray, ...]:
     return (information.pairs, information.pairs_shuffled, information.top1, information.top1_shuffled)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers in short: ``1-3, 5``."""
-    starts = [i for i in range(len(numbers)) if i == 0 or numbers[i] != numbers[i - 1] + 1]
-    runs = [(numbers[a], numbers[b - 1]) for a, b in zip(starts, [*starts[1:], len(numbers)], strict=True)]
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

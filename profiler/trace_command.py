@@ -36,6 +36,7 @@ def record_trace(settings: TraceSettings, output: Path) -> None:
     fingerprint = model_fingerprint(settings.model)
 
     from profiler.environment import check_environment
+    from profiler.gate_ahead import require_two_layers
     from profiler.model_loading import (
         choose_device,
         context_tokens,
@@ -49,7 +50,10 @@ def record_trace(settings: TraceSettings, output: Path) -> None:
     check_environment()
     device = choose_device(settings.device)
     config = load_config(settings.model)
-    require_one_shape(find_layers_without_weights(settings.model, config))
+    layers = find_layers_without_weights(settings.model, config)
+    require_one_shape(layers)
+    if settings.gate_ahead:
+        require_two_layers(layers)
     token_ids = tokenize_prompts(
         prompts,
         load_tokenizer(settings.model),
@@ -82,6 +86,7 @@ def _write_trace(
         top_k=layers[0].top_k,
         weights=settings.weights,
         token_ids=settings.token_ids,
+        gate_ahead=settings.gate_ahead,
         model_fingerprint=fingerprint,
         expert_bytes=layers[0].expert_bytes,
         source=f"{settings.prompts.name}: {len(prompts)} prompts, up to {settings.max_new_tokens} new tokens{sampled}",
@@ -94,6 +99,7 @@ def _write_trace(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed,
+            gate_ahead=settings.gate_ahead,
             on_forward=progress.forward_done,
         )
         for prompt, record in zip(prompts, routes, strict=True):
@@ -102,6 +108,7 @@ def _write_trace(
                 decode=record.decode,
                 weights=record.weights if settings.weights else None,
                 token_ids=record.token_ids if settings.token_ids else None,
+                gate_ahead=record.gate_ahead,
                 domain=prompt.domain,
             )
             progress.prompt_done(len(record.experts))

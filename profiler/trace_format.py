@@ -8,6 +8,8 @@ A trace is one safetensors file, T tokens, L MoE layers, K choices per token:
 * ``position`` int32 ``[T]``: place in the sequence, rising
 * ``decode`` uint8 ``[T]``: 1 where the token was fed in a decode step, 0 in prefill
 * ``token_ids`` int32 ``[T]`` (optional)
+* ``gate_ahead`` as ``experts``, ``[T, L - 1, K]`` (optional): at l the experts that MoE layer l + 1 would choose given
+  the gate input of layer l, sorted by falling weight
 
 Metadata (strings): ``format``, ``version``, ``model``, ``num_experts``, ``layer_ids`` (JSON list), and optionally
 ``domains`` (JSON list, one name per sequence id), ``source``, ``tool``, ``model_fingerprint``, ``expert_bytes``.
@@ -38,6 +40,7 @@ from profiler.trace_header import (
     metadata_list,
     read_header,
     read_layers,
+    tensor_shape,
 )
 from profiler.trace_writer import TraceWriter
 
@@ -51,10 +54,11 @@ TENSORS = {
     "position": ("I32",),
     "decode": ("U8",),
     "token_ids": ("I32",),
+    "gate_ahead": ("U8", "U16"),
 }
-OPTIONAL_TENSORS = ("weights", "token_ids")
-TOKENS_PER_CHUNK = 16384
-CHUNKS_BETWEEN_RELEASES = 16
+OPTIONAL_TENSORS = ("weights", "token_ids", "gate_ahead")
+TOKENS_PER_CHUNK = 65536
+TOKENS_BETWEEN_RELEASES = 262144
 TOKENS_PER_GATHER = 65536
 
 
@@ -70,6 +74,7 @@ class TraceChunk:
         position: int32 ``[T]``.
         decode: uint8 ``[T]``.
         token_ids: int32 ``[T]``, or None.
+        gate_ahead: uint8 or uint16 ``[T, L - 1, K]``, or None.
     """
 
     start: int
@@ -79,6 +84,7 @@ class TraceChunk:
     position: np.ndarray
     decode: np.ndarray
     token_ids: np.ndarray | None
+    gate_ahead: np.ndarray | None
 
     @property
     def num_tokens(self) -> int:
@@ -99,7 +105,7 @@ class RoutingTrace:
         top_k: experts per token and layer (K).
         num_tokens: T.
         domains: one name per sequence id, or None.
-        has_weights, has_token_ids: whether the optional tensors are there.
+        has_weights, has_token_ids, has_gate_ahead: whether the optional tensors are there.
         model_fingerprint: of the model's configuration, or None where the trace does not say.
         expert_bytes: bytes of one routed expert's weights in one layer, as traced, or None.
     """
@@ -134,7 +140,7 @@ class RoutingTrace:
             if name not in entries:
                 continue
             entry = entries[name]
-            expected = shape if name in ("experts", "weights") else shape[:1]
+            expected = tensor_shape(name, *shape)
             if entry.dtype_name not in names_of_dtypes or entry.shape != expected:
                 raise TraceError(
                     f"{self.path}: {name} is {entry.dtype_name} {list(entry.shape)}, expected "
@@ -143,6 +149,7 @@ class RoutingTrace:
             self._arrays[name] = map_tensor(self.path, entry)
         self.has_weights = "weights" in self._arrays
         self.has_token_ids = "token_ids" in self._arrays
+        self.has_gate_ahead = "gate_ahead" in self._arrays
 
     @classmethod
     def open(cls, path: str | Path, validate: bool = True) -> RoutingTrace:
@@ -180,20 +187,32 @@ class RoutingTrace:
             raise ValueError(f"{self.path}: the trace is closed")
         return np.asarray(self._arrays[name][start:stop])
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the tensors that it holds, the optional ones among them."""
+        return tuple(self._arrays)
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """One of ``columns`` for tokens start to stop, ``[T, …]``, a read-only view."""
+        return self._slice(name, start, stop)
+
     def experts(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Expert ids of tokens start to stop, uint8 or uint16 ``[T, L, K]``, a read-only view."""
         return self._slice("experts", start, stop)
 
     def expert_chunks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All tokens' expert ids in order: index of the first token, and uint8 or uint16 ``[T, L, K]``.
+        """All tokens' expert ids in order: index of the first token, and uint8 or uint16 ``[T, L, K]``."""
+        return self.column_chunks("experts")
+
+    def column_chunks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+        """One of ``columns`` in order, a run of tokens at a time: index of the first token, and its rows.
 
         Pages of the file that were read are let go of from time to time, so that a pass over a trace larger than the
         memory stays small.
         """
         for start in range(0, self.num_tokens, TOKENS_PER_CHUNK):
-            yield start, self.experts(start, start + TOKENS_PER_CHUNK)
-            if start // TOKENS_PER_CHUNK % CHUNKS_BETWEEN_RELEASES == CHUNKS_BETWEEN_RELEASES - 1:
-                self._release("experts")
+            yield start, self.column(name, start, start + TOKENS_PER_CHUNK)
+            self._release_after(start, TOKENS_PER_CHUNK)
 
     def gather_experts(self, tokens: np.ndarray) -> np.ndarray:
         """Copies of some tokens' expert ids, uint8 or uint16 ``[len(tokens), L, K]``; fastest in rising order."""
@@ -201,14 +220,19 @@ class RoutingTrace:
         for start in range(0, len(tokens), TOKENS_PER_GATHER):
             chunk = slice(start, start + TOKENS_PER_GATHER)
             rows_TLK[chunk] = self.experts()[tokens[chunk]]
-            self._release("experts")
+            self._release()
         return rows_TLK
 
-    def _release(self, name: str) -> None:
+    def _release_after(self, start: int, num_tokens: int) -> None:
+        if start // TOKENS_BETWEEN_RELEASES != (start + num_tokens) // TOKENS_BETWEEN_RELEASES:
+            self._release()
+
+    def _release(self) -> None:
         """Give the system back the memory of pages that were read; views stay valid and read them again."""
-        mapped = getattr(self._arrays.get(name), "_mmap", None)
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            mapped.madvise(mmap.MADV_DONTNEED)
+        for array in self._arrays.values():
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def weights(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Router weights, float16 ``[T, L, K]``; TraceError where the trace has none."""
@@ -234,8 +258,14 @@ class RoutingTrace:
             raise TraceError(f"{self.path}: holds no token ids; record it again with token_ids=true")
         return self._slice("token_ids", start, stop)
 
+    def gate_ahead(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Experts chosen one layer early, uint8 or uint16 ``[T, L - 1, K]``; TraceError where the trace has none."""
+        if not self.has_gate_ahead:
+            raise TraceError(f"{self.path}: holds no choices one layer early; record it again with gate_ahead=true")
+        return self._slice("gate_ahead", start, stop)
+
     def chunks(self, tokens_per_chunk: int = 65536) -> Iterator[TraceChunk]:
-        """All tokens in order, at most ``tokens_per_chunk`` at a time."""
+        """All tokens in order, at most ``tokens_per_chunk`` at a time; see ``expert_chunks`` on memory."""
         for start in range(0, self.num_tokens, tokens_per_chunk):
             stop = min(start + tokens_per_chunk, self.num_tokens)
             yield TraceChunk(
@@ -246,7 +276,9 @@ class RoutingTrace:
                 position=self.position(start, stop),
                 decode=self.decode(start, stop),
                 token_ids=self.token_ids(start, stop) if self.has_token_ids else None,
+                gate_ahead=self.gate_ahead(start, stop) if self.has_gate_ahead else None,
             )
+            self._release_after(start, tokens_per_chunk)
 
     @cached_property
     def num_sequences(self) -> int:

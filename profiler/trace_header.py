@@ -193,6 +193,13 @@ def read_layers(path: Path, metadata: Mapping[str, str]) -> tuple[int, tuple[int
     return num_experts, layer_ids
 
 
+def tensor_shape(name: str, num_tokens: int, num_layers: int, top_k: int) -> tuple[int, ...]:
+    """The shape of a trace's tensor of that name."""
+    if name == "gate_ahead":
+        return num_tokens, num_layers - 1, top_k
+    return (num_tokens, num_layers, top_k) if name in ("experts", "weights") else (num_tokens,)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write a small safetensors file, replacing what stands there in one step.
 

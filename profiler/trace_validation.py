@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +18,9 @@ TOKENS_PER_CHUNK = 16384
 def validate_trace(trace: RoutingTrace) -> None:
     """Read a trace through once and check ranges, distinctness and order.
 
-    Expert ids are below ``num_experts`` and distinct within a token and layer; weights do not rise from one choice to
-    the next; ``decode`` is 0 or 1; the tokens of a sequence stand together with rising positions; sequence ids are
-    not negative and have a domain where the trace names domains.
+    Expert ids, those chosen one layer early too, are below ``num_experts`` and distinct within a token and layer;
+    weights do not rise from one choice to the next; ``decode`` is 0 or 1; the tokens of a sequence stand together with
+    rising positions; sequence ids are not negative and have a domain where the trace names domains.
 
     Args:
         trace: an open trace.
@@ -28,7 +29,9 @@ def validate_trace(trace: RoutingTrace) -> None:
         TraceError: with the first offending value, its place, what was expected and the remedy.
     """
     for chunk in trace.chunks(TOKENS_PER_CHUNK):
-        _check_experts(trace, chunk)
+        _check_experts(trace, chunk.start, chunk.experts, trace.layer_ids)
+        if chunk.gate_ahead is not None and chunk.gate_ahead.size:
+            _check_experts(trace, chunk.start, chunk.gate_ahead, trace.layer_ids[1:], " of gate_ahead")
         _check_weights(trace, chunk)
         _check_decode(trace, chunk)
     _check_order(trace)
@@ -38,14 +41,15 @@ def _fail(trace: RoutingTrace, problem: str) -> TraceError:
     return TraceError(f"{trace.path}: {problem}; record it again")
 
 
-def _check_experts(trace: RoutingTrace, chunk: TraceChunk) -> None:
-    experts = chunk.experts
+def _check_experts(
+    trace: RoutingTrace, start: int, experts: np.ndarray, layer_ids: Sequence[int], where: str = ""
+) -> None:
     if experts.max() >= trace.num_experts:
         token, layer, choice = np.argwhere(experts >= trace.num_experts)[0]
         raise _fail(
             trace,
-            f"expert id {experts[token, layer, choice]} in layer {trace.layer_ids[layer]} at token "
-            f"{chunk.start + token}, expected < {trace.num_experts}",
+            f"expert id {experts[token, layer, choice]}{where} in layer {layer_ids[layer]} at token {start + token}, "
+            f"expected < {trace.num_experts}",
         )
     by_choice = np.ascontiguousarray(np.moveaxis(experts, -1, 0))  # comparing whole choices is 20 times faster
     for choice in range(trace.top_k - 1):
@@ -54,8 +58,8 @@ def _check_experts(trace: RoutingTrace, chunk: TraceChunk) -> None:
             _, token, layer = np.argwhere(repeated)[0]
             raise _fail(
                 trace,
-                f"expert id {by_choice[choice, token, layer]} stands twice in layer {trace.layer_ids[layer]} at token "
-                f"{chunk.start + token}, expected {trace.top_k} distinct experts",
+                f"expert id {by_choice[choice, token, layer]}{where} stands twice in layer {layer_ids[layer]} at token "
+                f"{start + token}, expected {trace.top_k} distinct experts",
             )
 
 

@@ -19,7 +19,14 @@ from typing import IO, Any
 import numpy as np
 
 from profiler.errors import TraceError
-from profiler.trace_header import FORMAT_VERSION, TRACE_FORMAT, encode_header, output_errors, require_output
+from profiler.trace_header import (
+    FORMAT_VERSION,
+    TRACE_FORMAT,
+    encode_header,
+    output_errors,
+    require_output,
+    tensor_shape,
+)
 
 TOOL = "expertplan profiler"
 
@@ -35,6 +42,7 @@ class TraceWriter:
         top_k: experts per token and layer (K).
         weights: whether every sequence comes with router weights.
         token_ids: whether every sequence comes with token ids.
+        gate_ahead: whether every sequence comes with the experts chosen one layer early.
         model_fingerprint: of the model's configuration.
         expert_bytes: bytes of one routed expert's weights in one layer.
         source: where the routes come from, for people to read.
@@ -53,6 +61,7 @@ class TraceWriter:
         top_k: int,
         weights: bool,
         token_ids: bool,
+        gate_ahead: bool = False,
         model_fingerprint: str | None = None,
         expert_bytes: int | None = None,
         source: str | None = None,
@@ -76,8 +85,10 @@ class TraceWriter:
             "tool": TOOL,
         } | {name: str(value) for name, value in optional.items() if value is not None}
         columns = {"sequence": "<i4", "position": "<i4", "token_ids": "<i4", "weights": "<f2"}
-        columns |= {"experts": "u1" if num_experts <= 256 else "<u2", "decode": "u1"}
-        left_out = {name for name, wanted in (("weights", weights), ("token_ids", token_ids)) if not wanted}
+        experts_dtype = "u1" if num_experts <= 256 else "<u2"
+        columns |= {"experts": experts_dtype, "gate_ahead": experts_dtype, "decode": "u1"}
+        optional_columns = {"weights": weights, "token_ids": token_ids, "gate_ahead": gate_ahead}
+        left_out = {name for name, wanted in optional_columns.items() if not wanted}
         # In the order of falling item size every tensor of the file is aligned.
         ordered = sorted(columns.items(), key=lambda column: -np.dtype(column[1]).itemsize)
         self._dtypes: dict[str, np.dtype[Any]] = {n: np.dtype(dtype) for n, dtype in ordered if n not in left_out}
@@ -105,6 +116,7 @@ class TraceWriter:
         position: np.ndarray | None = None,
         weights: np.ndarray | None = None,
         token_ids: np.ndarray | None = None,
+        gate_ahead: np.ndarray | None = None,
         domain: str | None = None,
     ) -> int:
         """Append the tokens of the next sequence to the disk.
@@ -115,6 +127,8 @@ class TraceWriter:
             position: integer ``[T]``, rising; by default 0 to T - 1.
             weights: float ``[T, L, K]``, given exactly if the writer was made with ``weights=True``.
             token_ids: integer ``[T]``, given exactly if the writer was made with ``token_ids=True``.
+            gate_ahead: ids ``[T, L - 1, K]`` like ``experts``, given exactly if the writer was made with
+                ``gate_ahead=True``.
             domain: the prompt's domain.
 
         Returns:
@@ -132,6 +146,7 @@ class TraceWriter:
             "position": np.arange(num_tokens) if position is None else position,
             "decode": decode,
             "token_ids": token_ids,
+            "gate_ahead": gate_ahead,
         }
         columns = {name: array for name, array in given.items() if array is not None}
         self._check(columns, num_tokens)
@@ -149,17 +164,19 @@ class TraceWriter:
                 f"{self.path}: sequence {self.num_sequences} comes with {', '.join(sorted(columns))}, not {expected}"
             )
         for name, array in columns.items():
-            shape = (num_tokens, *self._shape) if name in ("experts", "weights") else (num_tokens,)
+            shape = tensor_shape(name, num_tokens, *self._shape)
             if array.shape != shape:
                 raise TraceError(
                     f"{self.path}: {name} of sequence {self.num_sequences} is {array.shape}, expected {shape}"
                 )
-        experts = columns["experts"]
-        if experts.size and not 0 <= experts.min() <= experts.max() < self._num_experts:
-            raise TraceError(
-                f"{self.path}: expert ids {experts.min()} to {experts.max()} in sequence {self.num_sequences}, "
-                f"expected 0 to {self._num_experts - 1}"
-            )
+        for name in columns.keys() & {"experts", "gate_ahead"}:
+            ids = columns[name]
+            if ids.size and not 0 <= ids.min() <= ids.max() < self._num_experts:
+                where = "expert ids" if name == "experts" else "expert ids of gate_ahead"
+                raise TraceError(
+                    f"{self.path}: {where} {ids.min()} to {ids.max()} in sequence {self.num_sequences}, "
+                    f"expected 0 to {self._num_experts - 1}"
+                )
 
     def close(self) -> None:
         """Join the tensors to one file and put it in place of the output, in one step.
@@ -179,10 +196,8 @@ class TraceWriter:
     def _assemble(self) -> None:
         if any(domain is not None for domain in self._domains):
             self._metadata["domains"] = json.dumps([domain or "" for domain in self._domains])
-        whole = (self._num_tokens, *self._shape)
         tensors = [
-            (name, dtype, whole if name in ("experts", "weights") else whole[:1])
-            for name, dtype in self._dtypes.items()
+            (name, dtype, tensor_shape(name, self._num_tokens, *self._shape)) for name, dtype in self._dtypes.items()
         ]
         joined = self._folder / "trace"
         with output_errors(self.path):

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 # Modules that run a model; all others of these two packages must import on a machine without torch and transformers.
-NEED_TORCH = {"profiler.model_loading", "profiler.recorder", "profiler.seam"}
+NEED_TORCH = {f"profiler.{name}" for name in ("gate_ahead", "model_loading", "recorder", "route_buffer", "seam")}
 
 
 def modules_of(package: str) -> dict[str, Path]:

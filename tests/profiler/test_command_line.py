@@ -53,7 +53,7 @@ def run_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 def test_trace_from_end_to_end(model_folder: Path, prompts: Path, tmp_path: Path) -> None:
-    settings = ["batch_size=2", "max_new_tokens=5", "token_ids=true", "device=cpu"]
+    settings = ["batch_size=2", "max_new_tokens=5", "token_ids=true", "gate_ahead=true", "device=cpu"]
     done = run_process(
         tmp_path, "trace", f"model={model_folder}", "prompts=prompts.jsonl", "-o", "trace.safetensors", *settings
     )
@@ -63,7 +63,7 @@ def test_trace_from_end_to_end(model_folder: Path, prompts: Path, tmp_path: Path
 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
     ids = [tiny_tokenizer()(text)["input_ids"] for text in TEXTS]
-    expected = list(record_routes(model, ids, batch_size=2, max_new_tokens=5))
+    expected = list(record_routes(model, ids, batch_size=2, max_new_tokens=5, gate_ahead=True))
     with RoutingTrace.open(tmp_path / "trace.safetensors") as trace:
         assert trace.model == str(model_folder)
         assert trace.model_fingerprint == model_fingerprint(str(model_folder))
@@ -73,6 +73,7 @@ def test_trace_from_end_to_end(model_folder: Path, prompts: Path, tmp_path: Path
         np.testing.assert_array_equal(trace.experts(), np.concatenate([routes.experts for routes in expected]))
         np.testing.assert_array_equal(trace.weights(), np.concatenate([routes.weights for routes in expected]))
         np.testing.assert_array_equal(trace.token_ids(), np.concatenate([routes.token_ids for routes in expected]))
+        np.testing.assert_array_equal(trace.gate_ahead(), np.concatenate([routes.gate_ahead for routes in expected]))
         np.testing.assert_array_equal(trace.decode(), np.concatenate([routes.decode for routes in expected]))
         np.testing.assert_array_equal(trace.sequence(), np.repeat(np.arange(5), [len(r.experts) for r in expected]))
 
@@ -83,7 +84,7 @@ def test_settings_reach_the_recording(model_folder: Path, prompts: Path, tmp_pat
     assert main(["trace", f"model={model_folder}", f"prompts={prompts}", "--output", str(output), *settings]) == 0
     with RoutingTrace.open(output) as trace:
         assert (trace.num_tokens, trace.num_sequences) == (8, 2)
-        assert (trace.has_weights, trace.has_token_ids) == (False, False)
+        assert (trace.has_weights, trace.has_token_ids, trace.has_gate_ahead) == (False, False, False)
         assert trace.expert_bytes == 3 * 32 * 24 * 2
 
 
@@ -212,7 +213,16 @@ def test_a_process_tells_bad_input_in_one_line(tmp_path: Path, arguments: list[s
 
 
 def test_reading_traces_needs_no_torch() -> None:
-    modules = ("trace_format", "statistics", "fingerprint", "tables", "__main__")
+    modules = (
+        "trace_format",
+        "statistics",
+        "fingerprint",
+        "tables",
+        "summary",
+        "trace_merge",
+        "trace_sample",
+        "__main__",
+    )
     code = f"import sys, {', '.join(f'profiler.{module}' for module in modules)};"
     code += "print(sorted(name for name in ('torch', 'transformers') if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)

@@ -88,6 +88,17 @@ def test_routes_follow_the_experts_implementation_whichever_it_is() -> None:
             np.testing.assert_array_equal(a.experts, b.experts)
 
 
+def test_compilation_that_a_model_asks_for_is_off_and_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("mixtral")
+    expected = record(model)
+    assert not caplog.records
+    model.generation_config.cache_implementation = "static"
+    assert_same(record(model), expected)
+    [message] = [entry.getMessage() for entry in caplog.records if entry.name == "profiler.recorder"]
+    assert "ask for a static cache" in message
+    assert "eagerly and not under CUDA graphs" in message
+
+
 def test_weights_fall_and_equal_ones_keep_the_order_of_the_router() -> None:
     [layer, *_] = find_moe_layers(tiny_model("mixtral"))
     indices = torch.tensor([[3, 1], [4, 2], [7, 0]])

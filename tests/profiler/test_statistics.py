@@ -64,7 +64,7 @@ def test_statistics_equal_brute_force(lengths: list[int], num_layers: int, shape
     sequences = random_sequences(lengths, num_layers=num_layers, num_experts=num_experts, top_k=top_k, seed=seed)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace_format, "TOKENS_PER_CHUNK", 7)
-        patch.setattr(trace_format, "CHUNKS_BETWEEN_RELEASES", 2)
+        patch.setattr(trace_format, "TOKENS_BETWEEN_RELEASES", 20)
         path = write_trace(Path(folder) / "t", sequences, num_experts=num_experts)
         trace = RoutingTrace.open(path)
         experts = np.concatenate([sequence.experts for sequence in sequences])

@@ -31,6 +31,7 @@ def resident_bytes() -> int:
     shape=st.sampled_from([(1, 1), (8, 2), (8, 8), (256, 3), (257, 3), (300, 1)]),
     weights=st.booleans(),
     token_ids=st.booleans(),
+    gate_ahead=st.booleans(),
     named=st.booleans(),
     tokens_per_chunk=st.integers(1, 20),
     seed=st.integers(0, 5),
@@ -42,6 +43,7 @@ def test_round_trip(
     shape: tuple[int, int],
     weights: bool,
     token_ids: bool,
+    gate_ahead: bool,
     named: bool,
     tokens_per_chunk: int,
     seed: int,
@@ -58,6 +60,7 @@ def test_round_trip(
             layer_ids=layer_ids,
             weights=weights,
             token_ids=token_ids,
+            gate_ahead=gate_ahead,
             domains=domains,
         )
         assert [entry.name for entry in Path(folder).iterdir()] == [path.name]
@@ -66,7 +69,7 @@ def test_round_trip(
             assert (trace.num_experts, trace.layer_ids, trace.model) == (num_experts, tuple(layer_ids), "tiny")
             assert trace.domains == (None if domains is None else tuple(domains))
             assert trace.num_sequences == sum(length > 0 for length in lengths)
-            assert (trace.has_weights, trace.has_token_ids) == (weights, token_ids)
+            assert (trace.has_weights, trace.has_token_ids, trace.has_gate_ahead) == (weights, token_ids, gate_ahead)
             assert trace.experts().dtype == (np.uint8 if num_experts <= 256 else np.uint16)
             np.testing.assert_array_equal(trace.experts(), np.concatenate([s.experts for s in sequences]))
             np.testing.assert_array_equal(trace.sequence(), np.repeat(np.arange(len(lengths)), lengths))
@@ -77,6 +80,14 @@ def test_round_trip(
             if token_ids:
                 np.testing.assert_array_equal(trace.token_ids(), np.concatenate([s.token_ids for s in sequences]))
             chunks = list(trace.chunks(tokens_per_chunk))
+            if gate_ahead:
+                ahead = np.concatenate([s.gate_ahead for s in sequences])
+                assert trace.gate_ahead().dtype == trace.experts().dtype
+                np.testing.assert_array_equal(trace.gate_ahead(), ahead)
+                np.testing.assert_array_equal(trace.gate_ahead(1, 3), ahead[1:3])
+                np.testing.assert_array_equal(np.concatenate([chunk.gate_ahead for chunk in chunks]), ahead)
+            else:
+                assert all(chunk.gate_ahead is None for chunk in chunks)
             assert [chunk.start for chunk in chunks] == list(range(0, sum(lengths), tokens_per_chunk))
             np.testing.assert_array_equal(np.concatenate([chunk.experts for chunk in chunks]), trace.experts())
             np.testing.assert_array_equal(np.concatenate([chunk.sequence for chunk in chunks]), trace.sequence())
@@ -100,6 +111,8 @@ def test_optional_metadata(tmp_path: Path) -> None:
             trace.weights()
         with pytest.raises(TraceError, match="no token ids"):
             trace.token_ids()
+        with pytest.raises(TraceError, match="record it again with gate_ahead=true"):
+            trace.gate_ahead()
     with RoutingTrace.open(tmp_path / "b") as trace:
         assert (trace.model_fingerprint, trace.expert_bytes) == ("f" * 64, 77)
 
@@ -237,18 +250,20 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
         ({"experts": np.full((3, 3, 2), -1)}, r"expert ids -1 to -1"),
         ({"experts": np.zeros((3, 2, 2), int)}, r"experts of sequence 0 is \(3, 2, 2\), expected \(3, 3, 2\)"),
         ({"decode": np.zeros(2, bool)}, r"decode of sequence 0 is \(2,\), expected \(3,\)"),
-        ({"weights": None}, r"sequence 0 comes with decode, experts, position, sequence, not .*weights"),
+        ({"weights": None}, r"sequence 0 comes with decode, experts, gate_ahead, position, sequence, not .*weights"),
         ({"token_ids": np.zeros(3, int)}, r"comes with .*token_ids"),
+        ({"gate_ahead": None}, r"comes with decode, experts, position, sequence, weights, not .*gate_ahead"),
+        ({"gate_ahead": np.zeros((3, 3, 2), int)}, r"gate_ahead of sequence 0 is \(3, 3, 2\), expected \(3, 2, 2\)"),
+        ({"gate_ahead": np.full((3, 2, 2), 9)}, r"expert ids of gate_ahead 9 to 9 in sequence 0, expected 0 to 7"),
     ],
 )
 def test_writer_refuses_what_does_not_fit(tmp_path: Path, change: dict[str, np.ndarray | None], message: str) -> None:
     sequence = random_sequences([3])[0]
-    given = {"experts": sequence.experts, "decode": sequence.decode, "weights": sequence.weights} | change
+    wanted = {"weights": True, "token_ids": False, "gate_ahead": True}
+    given = {name: getattr(sequence, name) for name in ("experts", "decode", "weights", "gate_ahead")} | change
     with (
         pytest.raises(TraceError, match=message),
-        TraceWriter(
-            tmp_path / "t", model="m", num_experts=8, layer_ids=range(3), top_k=2, weights=True, token_ids=False
-        ) as writer,
+        TraceWriter(tmp_path / "t", model="m", num_experts=8, layer_ids=range(3), top_k=2, **wanted) as writer,
     ):
         writer.add_sequence(**given)
     assert not list(tmp_path.iterdir())

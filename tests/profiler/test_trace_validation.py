@@ -26,6 +26,7 @@ def valid_parts() -> tuple[dict[str, np.ndarray], dict[str, str]]:
         "position": np.array([0, 1, 2, 3, 0, 0, 1, 5], np.int32),
         "decode": np.array([0, 0, 1, 1, 0, 0, 0, 1], np.uint8),
         "token_ids": np.arange(tokens, dtype=np.int32),
+        "gate_ahead": np.tile(np.array([[7, 31]], np.uint8), (tokens, 1, 1)),
     }
     metadata = {
         "format": "routing-trace",
@@ -68,6 +69,11 @@ def test_the_unchanged_trace_is_accepted(tmp_path: Path) -> None:
 VALUE_ERRORS = {
     "id": (put("experts", (6, 1, 0), 40), "expert id 40 in layer 3 at token 6, expected < 32; record it again"),
     "duplicate": (put("experts", (2, 0, 1), 5), "expert id 5 stands twice in layer 1 at token 2"),
+    "id ahead": (put("gate_ahead", (6, 0, 1), 32), "expert id 32 of gate_ahead in layer 3 at token 6, expected < 32"),
+    "duplicate ahead": (
+        put("gate_ahead", (1, 0, 0), 31),
+        "expert id 31 of gate_ahead stands twice in layer 3",
+    ),
     "rising": (put("weights", (3, 0, 1), 0.9), "in layer 1 at token 3, expected finite numbers, falling"),
     "nan": (put("weights", (3, 1, 1), np.nan), "weights [0.5, nan] in layer 3 at token 3, expected finite"),
     "infinite": (put("weights", (3, 0, 0), np.inf), "weights [inf, 0.25] in layer 1 at token 3"),
@@ -137,6 +143,7 @@ def test_wrong_metadata(tmp_path: Path, metadata: dict[str, str | None], message
         ({"sequence": np.zeros(7, np.int32)}, "sequence is I32 [7], expected I32 [8]"),
         ({"token_ids": np.zeros(8, np.int64)}, "token_ids is I64 [8], expected I32 [8]"),
         ({"decode": np.zeros(8, np.uint16)}, "decode is U16 [8], expected U8 [8]"),
+        ({"gate_ahead": np.zeros((8, 2, 2), np.uint8)}, "gate_ahead is U8 [8, 2, 2], expected U8 or U16 [8, 1, 2]"),
     ],
 )
 def test_wrong_tensors(tmp_path: Path, tensors: dict[str, np.ndarray | None], message: str) -> None:
