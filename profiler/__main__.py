@@ -1,4 +1,4 @@
-"""Command line of the profiler: ``python -m profiler trace|import|info|stats|merge|split|sample``."""
+"""Command line of the profiler: ``python -m profiler trace|import|info|stats|report|merge|split|sample``."""
 
 from __future__ import annotations
 
@@ -64,6 +64,11 @@ def _verbs() -> list[Verb]:
             "stats",
             "statistics of a trace, per layer and per domain",
             "python -m profiler stats trace.safetensors -o statistics.safetensors",
+        ),
+        _verb(
+            "report",
+            "popularity, affinity, drift and predictability on one page that opens offline",
+            "python -m profiler report trace.safetensors -o report.html",
         ),
         _verb(
             "merge",

@@ -230,7 +230,7 @@ def test_reading_traces_needs_no_torch() -> None:
 
 
 def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("trace", "info", "stats"):
+    for verb in ("trace", "info", "stats", "report"):
         with pytest.raises(SystemExit) as caught:
             main([verb, "--help"])
         assert caught.value.code == 0

@@ -1,0 +1,46 @@
+"""``python -m profiler report``: everything a trace tells, as one HTML file that opens offline."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of ``report``."""
+    parser.add_argument("trace", type=Path, metavar="TRACE", help="a routing trace, or routing counts (.safetensors)")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the page to write (.html)")
+
+
+def run(flags: argparse.Namespace, console: Console) -> None:
+    """Profile the source, write the page and say what stands in it.
+
+    Raises:
+        InputError: the source cannot be read, or the output cannot be written.
+    """
+    from profiler.predictors.scoring import score_predictors
+    from profiler.profile_builder import profile_counts, profile_trace
+    from profiler.report import encodable, render_report
+    from profiler.report.summary import summarize
+    from profiler.routing_counts import RoutingCounts
+    from profiler.routing_source import open_routing
+    from profiler.trace_header import require_output, write_text
+
+    require_output(flags.output, [flags.trace])
+    source = open_routing(flags.trace)
+    if isinstance(source, RoutingCounts):
+        profile = profile_counts(source, flags.trace.name)
+    else:
+        with source:
+            profile = profile_trace(source)
+            # Predictors learn from even sequences and are judged on odd ones.
+            if len(set((source.sequence() % 2).tolist())) == 2:
+                profile = replace(profile, predictors=score_predictors(source))
+    write_text(flags.output, render_report(profile))
+    for finding in summarize(profile):
+        console.print(encodable(finding.text), markup=False, highlight=False)
+    size_mb = flags.output.stat().st_size / 1e6
+    console.print(f"{flags.output}: {size_mb:.1f} MB, open it in a browser", markup=False, highlight=False)
