@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -21,24 +20,14 @@ def run(flags: argparse.Namespace, console: Console) -> None:
     Raises:
         InputError: the source cannot be read, or the output cannot be written.
     """
-    from profiler.predictors.scoring import score_predictors
-    from profiler.profile_builder import profile_counts, profile_trace
+    from profiler.profile_builder import profile_file
     from profiler.report import encodable, render_report
     from profiler.report.summary import summarize
-    from profiler.routing_counts import RoutingCounts
-    from profiler.routing_source import open_routing
     from profiler.trace_header import require_output, write_text
 
     require_output(flags.output, [flags.trace])
-    source = open_routing(flags.trace)
-    if isinstance(source, RoutingCounts):
-        profile = profile_counts(source, flags.trace.name)
-    else:
-        with source:
-            profile = profile_trace(source)
-            # Predictors learn from even sequences and are judged on odd ones.
-            if len(set((source.sequence() % 2).tolist())) == 2:
-                profile = replace(profile, predictors=score_predictors(source))
+    with console.status("counting"):
+        profile = profile_file(flags.trace, predictability=True)
     write_text(flags.output, render_report(profile))
     for finding in summarize(profile):
         console.print(encodable(finding.text), markup=False, highlight=False)

@@ -114,7 +114,7 @@ def _join_metadata(traces: Sequence[RoutingTrace]) -> tuple[dict[str, str], list
     """The metadata of all but ``domains``, and notes on what they do not agree on."""
     joined: dict[str, str] = {}
     notes = []
-    for key in dict.fromkeys(key for trace in traces for key in trace.metadata if key not in REBUILT_KEYS):
+    for key in sorted({key for trace in traces for key in trace.metadata if key not in REBUILT_KEYS}):
         values = list(dict.fromkeys(trace.metadata[key] for trace in traces if key in trace.metadata))
         if len(values) == 1 or key in CHECKED_KEYS:
             joined[key] = values[0]

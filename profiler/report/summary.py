@@ -168,7 +168,7 @@ def _time(profile: RoutingProfile) -> Finding | None:
         return None
     name, moved, control = _largest(profile.time_drift)
     meaning = (
-        "traffic changed while it was recorded, so a plan ages."
+        "routing changes along the recording, so a plan ages."
         if moved > BEYOND_CONTROL * control
         else "close to chance, so a plan from one part of the recording serves the rest."
     )

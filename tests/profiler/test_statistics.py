@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,7 @@ def test_the_shuffle_keeps_popularity_and_destroys_affinity(tmp_path: Path) -> N
     experts = sequence.experts.copy()
     experts[:, 1] = (experts[:, 0] + 1) % 8  # layer 1 follows layer 0
     experts[:, 2] = np.stack([generator.permutation(8)[:2] for _ in range(len(experts))])
-    sequence = type(sequence)(experts, sequence.weights, sequence.decode, sequence.token_ids)
+    sequence = replace(sequence, experts=experts)
     trace = RoutingTrace.open(write_trace(tmp_path / "t", [sequence]))
     true = collect_statistics(trace)
     shuffled, shuffled_top1 = shuffled_affinity(trace, seed=1)

@@ -67,8 +67,8 @@ def test_metadata_is_kept_where_the_traces_agree(tmp_path: Path) -> None:
         assert merged.metadata.items() >= {"origin": "lab", "source": "monday; tuesday", "model": "tiny"}.items()
         assert (merged.model_fingerprint, merged.expert_bytes) == ("f" * 64, None)
     assert notes == [
-        "the traces name the model tiny, Tiny; the first name is kept",
         "expert_bytes is dropped: the traces differ in it (12, 24)",
+        "the traces name the model tiny, Tiny; the first name is kept",
     ]
 
 
