@@ -6,11 +6,11 @@ Three ways to run the same batch take turns: ``generate`` alone (``none``), reco
 records it, the writing of the trace included (``routes``), and that with ``gate_ahead=true`` (``routes+gate_ahead``).
 All three generate with the recorder's settings: greedy, with a dynamic cache, eagerly: decode steps do not run under
 CUDA graphs. With ``default`` experts Transformers computes decode steps as it chooses itself (on GPUs by copying every
-token's experts, bound by memory); ``grouped_mm`` keeps the grouped matrix products of prefill, whose decode steps are
-shorter and leave less to hide the hooks behind.
+token's experts); ``grouped_mm`` keeps the grouped matrix products of prefill.
 
 A slowdown is the ratio of a recorded run to the unrecorded run of its own round, less one; the median over rounds is
-reported, with the extremes. How far rounds of unrecorded runs differ among themselves tells what a slowdown can mean.
+reported, with the extremes. ``same_tokens_fraction`` is the share of tokens equal to those of the first unrecorded
+run: bf16 generation on a GPU does not repeat itself exactly, so the row of unrecorded runs tells what to expect.
 """
 
 from __future__ import annotations
