@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.placement_figures.common import CHECKOUT, Row
-from benchmarks.placement_figures.document import load
+from benchmarks.marked_tables import load
+from benchmarks.placement_figures.common import CHECKOUT, RESULTS, Row
 from placement.atomic import write_atomically
 
 DOCS = CHECKOUT / "docs"
@@ -24,7 +24,7 @@ EXCHANGE_COLOURS = {"allreduce": "tab:blue", "alltoall": "tab:orange", "coherent
 def write_plots() -> None:
     """Draw every plot whose group was measured."""
     for name, (group, draw) in PLOTS.items():
-        document = load(group)
+        document = load(RESULTS / f"placement_{group}.json")
         if document is not None:
             content = io.BytesIO()
             draw(document["rows"]).savefig(content, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})

@@ -6,13 +6,14 @@ import json
 
 import pytest
 
+from benchmarks.marked_tables import MISSING, SECTION, fill
 from benchmarks.placement_figures.common import RESULTS, reach
-from benchmarks.placement_figures.document import DOCUMENT, MISSING, SECTION, TABLES, fill
+from benchmarks.placement_figures.document import DOCUMENT, TABLES
 
 
 def test_the_document_shows_the_files_of_results():
     text = DOCUMENT.read_text(encoding="utf-8")
-    assert fill(text, RESULTS) == text, "run python -m benchmarks.placement_figures --document"
+    assert fill(text, RESULTS, TABLES) == text, "run python -m benchmarks.placement_figures --document"
 
 
 def test_every_table_has_a_section():
@@ -25,14 +26,14 @@ def test_a_section_is_replaced_and_the_text_around_it_kept(tmp_path):
     document = {"command": "python", "commit": "c" * 40, "device": "CPU", "versions": {"numpy": "2"}, "rows": [row]}
     (tmp_path / "placement_scale.json").write_text(json.dumps(document))
     marked = "before\n<!-- figures: scale -->\n{}<!-- end of figures -->\nafter\n"
-    filled = fill(marked.format("an old table\n"), tmp_path)
+    filled = fill(marked.format("an old table\n"), tmp_path, TABLES)
     assert "| locality, seconds | < 2 | 0.5 | yes |" in filled
     assert "an old table" not in filled
     assert filled.startswith("before\n")
     assert filled.endswith("-->\nafter\n")
-    assert fill(filled, tmp_path) == filled
+    assert fill(filled, tmp_path, TABLES) == filled
     (tmp_path / "placement_scale.json").unlink()
-    assert fill(filled, tmp_path) == marked.format(MISSING)
+    assert fill(filled, tmp_path, TABLES) == marked.format(MISSING)
 
 
 @pytest.mark.parametrize(
