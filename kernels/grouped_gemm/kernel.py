@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.grouped_gemm.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, Activation
 from kernels.grouped_gemm.tiles import Tiles, choose_tiles, row_tiles
@@ -44,10 +45,10 @@ def product_kernel(
     num_columns,
     num_depth,
     group,
-    slot_stride,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
+    BULK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -70,28 +71,30 @@ def product_kernel(
         read_N = tl.minimum(columns_N, num_columns - 1)  # columns behind the end repeat the last, for nobody
         depth = tl.arange(0, DEPTH)
         x_MD = x + (pairs_M // TOP_K).to(tl.int64)[:, None] * num_depth + depth[None, :]
-        gate_DN = weight + slot.to(tl.int64) * slot_stride + read_N.to(tl.int64)[None, :] * num_depth + depth[:, None]
-        up_DN = gate_DN + num_columns.to(tl.int64) * num_depth
+        row = slot * num_columns * (1 if ACTIVATION == "none" else 2) + column  # of all slots' weights
+        if not BULK:
+            start_of_slot = weight + slot.to(tl.int64) * num_columns * num_depth * (1 if ACTIVATION == "none" else 2)
+            gate_DN = start_of_slot + read_N.to(tl.int64)[None, :] * num_depth + depth[:, None]
+            up_DN = gate_DN + num_columns.to(tl.int64) * num_depth
         sum_MN = tl.zeros([ROWS, COLUMNS], tl.float32)
         up_MN = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, num_depth, DEPTH):
-            if EVEN:
-                values_MD = tl.load(x_MD)
-                weights_DN = tl.load(gate_DN)
+            left = depth < num_depth - start
+            values_MD = tl.load(x_MD) if EVEN else tl.load(x_MD, mask=left[None, :], other=0.0)
+            if BULK:
+                weights_DN = weight.load([row, start]).T  # rows behind the end belong to nobody, depth is filled up
             else:
-                left = depth < num_depth - start
-                values_MD = tl.load(x_MD, mask=left[None, :], other=0.0)
-                weights_DN = tl.load(gate_DN, mask=left[:, None], other=0.0)
+                weights_DN = tl.load(gate_DN) if EVEN else tl.load(gate_DN, mask=left[:, None], other=0.0)
+                gate_DN += DEPTH
             sum_MN = tl.dot(values_MD, weights_DN, sum_MN, input_precision="ieee")
             if ACTIVATION != "none":
-                if EVEN:
-                    weights_DN = tl.load(up_DN)
+                if BULK:
+                    weights_DN = weight.load([row + num_columns, start]).T
                 else:
-                    weights_DN = tl.load(up_DN, mask=(depth < num_depth - start)[:, None], other=0.0)
+                    weights_DN = tl.load(up_DN) if EVEN else tl.load(up_DN, mask=left[:, None], other=0.0)
+                    up_DN += DEPTH
                 up_MN = tl.dot(values_MD, weights_DN, up_MN, input_precision="ieee")
             x_MD += DEPTH
-            gate_DN += DEPTH
-            up_DN += DEPTH
         if bias is not None:
             biases = bias + slot.to(tl.int64) * (num_columns if ACTIVATION == "none" else 2 * num_columns) + read_N
             sum_MN += tl.load(biases).to(tl.float32)[None, :]
@@ -106,6 +109,11 @@ def product_kernel(
         out_MN = out + pairs_M.to(tl.int64)[:, None] * num_columns + columns_N[None, :]
         stored_MN = (rows < end)[:, None] & (columns_N < num_columns)[None, :]
         tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=stored_MN)
+
+
+def _described(weight: torch.Tensor, tiles: Tiles) -> TensorDescriptor:
+    """All slots' weights as one matrix, for the bulk copy engine."""
+    return TensorDescriptor.from_tensor(weight.flatten(0, 1), [tiles.columns, tiles.depth])
 
 
 def _product(
@@ -123,13 +131,13 @@ def _product(
     out = torch.empty((num_pairs, columns), dtype=x.dtype, device=x.device)
     if num_pairs == 0:
         return out
-    tiles = tiles or choose_tiles(num_pairs, num_slots, columns, depth, activation != "none", x.element_size())
+    tiles = tiles or choose_tiles(num_pairs, num_slots, columns, activation != "none", x.element_size())
     most = row_tiles(num_pairs, num_slots, tiles.rows)
     group = min(tiles.group, most) or most
     grid = triton.cdiv(most, group) * group * triton.cdiv(columns, tiles.columns)
     product_kernel[(grid,)](
         x.contiguous(),
-        weight,
+        _described(weight, tiles) if tiles.bulk else weight,
         bias,
         out,
         *permutation,
@@ -137,10 +145,10 @@ def _product(
         columns,
         depth,
         group,
-        weight.stride(0),
         TOP_K=top_k,
         ACTIVATION=activation,
         EVEN=depth % tiles.depth == 0,
+        BULK=tiles.bulk,
         BLOCK_P=power_of_two(num_slots),
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,

@@ -15,7 +15,7 @@ from kernels.route.reference import Scoring
 
 __all__ = ["route_permute"]
 
-MOST_PAIRS = 256  # whose ranks one program finds by comparing all with all
+MOST_PAIRS = 64  # whose ranks one program finds by comparing all with all
 
 
 def route_permute(logits: torch.Tensor, num_slots: int, *, top_k: int, **scoring: Any) -> tuple[Routes, Permutation]:

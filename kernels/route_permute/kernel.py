@@ -103,7 +103,7 @@ def route_permute_triton(
         **scoring_constants(scoring, experts),
         BLOCK_T=power_of_two(tokens),
         BLOCK_P=power_of_two(num_slots + 1),
-        num_warps=4 if tokens * scoring.top_k <= 64 else 8,
+        num_warps=min(power_of_two(tokens), 8),  # a reduction over experts then stays within a warp
         **overlap(logits),
     )
     return routes, permutation

@@ -47,6 +47,7 @@ def test_products_in_interpreter() -> None:
         check_products("cpu", torch.float32, "hot", (21, 2, 4, 72, 40), tiles=tiles)
         check_products("cpu", torch.float32, "foreign", (5, 2, 4, 64, 40), "gpt_oss", tiles)
         check_products("cpu", torch.float16, "random", (3, 3, 6, 64, 64), tiles=tiles)
+        check_products("cpu", torch.float32, "foreign", (5, 2, 4, 72, 40), "gpt_oss", tiles._replace(bulk=True))
         check_products("cpu", torch.float16, "random", (0, 2, 4, 64, 40), tiles=tiles)
         """
     )
@@ -105,12 +106,12 @@ def test_products_compile_for_hopper() -> None:
         from tests.support.triton_compile import compile_for_sm90
 
         def build(dtype, item_bytes, num_pairs, activation, bias):
-            tiles = choose_tiles(num_pairs, 32, 2880, 2880, activation != "none", item_bytes)
+            tiles = choose_tiles(num_pairs, 32, 2880, activation != "none", item_bytes)
             constants = {"TOP_K": 4, "ACTIVATION": activation, "EVEN": 2880 % tiles.depth == 0, "BLOCK_P": 32}
+            constants["BULK"] = tiles.bulk
             constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "OVERLAP": True}
             signature = dict.fromkeys(("x", "weight", "bias", "out"), dtype) | {"order": "*i32", "indptr": "*i32"}
             signature |= dict.fromkeys(("num_slots", "num_columns", "num_depth", "group"), "i32")
-            signature["slot_stride"] = "i64"
             if not bias:
                 constants["bias"] = None
                 del signature["bias"]
