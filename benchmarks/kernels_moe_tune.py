@@ -52,7 +52,7 @@ def call(experts: Experts, step: Step, layer: int, op: str, tiles: Tiles) -> tor
     if op == "gate_up":
         arguments = (step.permutation, experts.shape.top_k, experts.shape.activation, experts.first_bias, tiles)
         return gate_up_triton(step.x, experts.first[layer], *arguments)
-    return down_triton(step.hidden, experts.second[layer], step.permutation, experts.second_bias, tiles)
+    return down_triton(step.hidden, experts.second[layer], step.permutation, experts.second_bias, tiles=tiles)
 
 
 def compile_some(work: tuple[Shape, str, list[Tiles]]) -> None:
@@ -72,7 +72,7 @@ def compile_some(work: tuple[Shape, str, list[Tiles]]) -> None:
             if op == "gate_up":
                 gate_up_triton(x, weight, Permutation(order, indptr), shape.top_k, shape.activation, bias, tiles)
             else:
-                down_triton(hidden, weight, Permutation(order, indptr), bias, tiles)
+                down_triton(hidden, weight, Permutation(order, indptr), bias, tiles=tiles)
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def route_permute_kernel(
 def route_permute_triton(
     logits: torch.Tensor, num_slots: int, scoring: Scoring, slot_of_expert: torch.Tensor | None = None
 ) -> tuple[Routes, Permutation]:
-    """What `route_permute` computes for a step with at least one token and at most `MOST_PAIRS` pairs."""
+    """What `route_permute` computes for a step with at least one token and few pairs."""
     tokens, experts = logits.shape
     routes = empty_routes(logits, scoring.top_k)
     permutation = empty_permutation(tokens * scoring.top_k, num_slots, logits.device)
