@@ -110,7 +110,7 @@ def kernel_calls(experts: Experts, norm: torch.Tensor) -> dict[str, Call]:
     def products(step: Step, layer: int, permutation: Permutation) -> torch.Tensor:
         first, second = experts.first[layer], experts.second[layer]
         hidden = gate_up(step.x, first, permutation, shape.top_k, shape.activation, experts.first_bias)
-        return down(hidden, second, permutation, experts.second_bias, after_gate_up=True)
+        return down(hidden, second, permutation, experts.second_bias)
 
     def chain(step: Step, layer: int) -> object:
         routes, permutation = route_permute(step.logits, shape.experts, top_k=shape.top_k, renormalise=True)

@@ -18,6 +18,7 @@ from benchmarks.graph_timing import matmul_flops_per_us, read_bytes_per_us, time
 from benchmarks.kernels_moe import LAYERS, SHAPES, STEPS, Experts, Shape, Step, floor_us
 from kernels.grouped_gemm.kernel import down_triton, gate_up_triton
 from kernels.grouped_gemm.tiles import Tiles
+from placement import provenance
 
 SHARED_BYTES = 227 * 1024
 BATCHES = (1, 8, 32, 128, 256, 4096)
@@ -98,6 +99,7 @@ def main() -> None:
     print("compiled", flush=True)
     rates = read_bytes_per_us(), matmul_flops_per_us()
     print(torch.cuda.get_device_name(), f"read {rates[0] / 1e6:.2f} TB/s, matmul {rates[1] / 1e6:.0f} TFLOP/s")
+    described = provenance.describe_run(("torch", "triton")) | {"device": f"1x {torch.cuda.get_device_name()}"}
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         experts = Experts(shape)
@@ -126,7 +128,7 @@ def main() -> None:
                 )
         del experts
         torch.cuda.empty_cache()
-        Path(flags.output).write_text(json.dumps(rows) + "\n")
+        Path(flags.output).write_text(json.dumps(described | {"rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

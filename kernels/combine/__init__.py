@@ -25,7 +25,7 @@ def combine(
 
     Args:
         pairs: what the second product gives, bfloat16, float16 or float32 ``[T·K, D]``; rows of pairs without a slot
-            here count as zero, whatever they hold.
+            here count as zero, whatever they hold. All tensors are contiguous.
         routes: slots and weights of the pairs.
         shared: output of experts that serve every token, like ``pairs`` ``[T, D]``, or None.
         residual: like ``pairs`` ``[T, D]``.

@@ -48,7 +48,6 @@ def down(
     weight: torch.Tensor,
     permutation: Permutation,
     bias: torch.Tensor | None = None,
-    after_gate_up: bool = False,
 ) -> torch.Tensor:
     """The second product, of every pair with the weights of its slot.
 
@@ -57,8 +56,6 @@ def down(
         weight: of the dtype of ``hidden``, contiguous ``[P, D, F]``.
         permutation: the pairs of each slot.
         bias: of the dtype of ``hidden`` ``[P, D]``, or None.
-        after_gate_up: the kernel right before this one on the stream is `gate_up` of the same permutation: on a GPU
-            the weights are then fetched while that ends.
 
     Returns:
         ``[T·K, D]`` of the dtype of ``hidden``, by pair; rows of pairs without a slot here are undefined.
@@ -66,5 +63,5 @@ def down(
     if hidden.is_cuda:
         from kernels.grouped_gemm.kernel import down_triton
 
-        return down_triton(hidden, weight, permutation, bias, after_gate_up)
+        return down_triton(hidden, weight, permutation, bias)
     return down_reference(hidden, weight, permutation, bias)

@@ -18,32 +18,19 @@ from kernels.permute import Permutation
 ALPHA = tl.constexpr(GPT_OSS_ALPHA)
 LIMIT, LEAST = tl.constexpr(GPT_OSS_LIMIT), tl.constexpr(-GPT_OSS_LIMIT)
 
-LINE_BYTES = 128
-MOST_PREFETCHED = 1024  # elements of each row of weights: more would push others out of L2
-
 
 @triton.jit
 def find_tile(indptr, tile, num_slots, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
     """Slot, first pair and end of a row tile; the slot is at least ``num_slots`` where there is no such tile."""
     slots = tl.arange(0, BLOCK_P)
-    start_P = tl.load(indptr + slots, mask=slots < num_slots, other=0, cache_modifier=".cg")
-    end_P = tl.load(indptr + slots + 1, mask=slots < num_slots, other=0, cache_modifier=".cg")
+    start_P = tl.load(indptr + slots, mask=slots < num_slots, other=0)
+    end_P = tl.load(indptr + slots + 1, mask=slots < num_slots, other=0)
     tiles_P = (end_P - start_P + ROWS - 1) // ROWS
     upto_P = tl.cumsum(tiles_P, 0)
     slot = tl.sum((upto_P <= tile).to(tl.int32), 0)
     mine_P = slots == slot
     first = tl.sum(tl.where(mine_P, start_P + (tile - upto_P + tiles_P) * ROWS, 0), 0)
     return slot, first, tl.sum(tl.where(mine_P, end_P, 0), 0)
-
-
-@triton.jit
-def prefetch(first_N, num_depth, LINE: tl.constexpr, DEPTH: tl.constexpr):
-    """Ask L2 for the first elements of rows of weights, line by line of 128 bytes."""
-    lines = tl.minimum(tl.arange(0, DEPTH // LINE) * LINE, num_depth - 1)
-    addresses = (first_N[:, None] + lines[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit(do_not_specialize=["num_slots", "group"])
@@ -66,11 +53,10 @@ def product_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One tile of ``x[pair // TOP_K] @ weight[slot].T``, and of the up projection below it where there is one."""
-    if OVERLAP and PREFETCH == 0:
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     blocks = tl.cdiv(num_columns, COLUMNS)
@@ -78,13 +64,6 @@ def product_kernel(
     tile = tl.program_id(0) // (group * blocks) * group + inside_group % group
     column = inside_group // group * COLUMNS
     slot, first, end = find_tile(indptr, tile, num_slots, BLOCK_P, ROWS)
-    if OVERLAP and PREFETCH > 0:
-        if slot < num_slots:
-            reads_N = tl.minimum(column + tl.arange(0, COLUMNS), num_columns - 1).to(tl.int64)
-            first_N = weight + (slot.to(tl.int64) * num_columns + reads_N) * num_depth
-            prefetch(first_N, num_depth, 1024 // weight.dtype.element_ty.primitive_bitwidth, PREFETCH)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if slot < num_slots:
         rows = first + tl.arange(0, ROWS)
         pairs_M = tl.load(order + rows, mask=rows < end, other=0)  # rows behind the end compute pair 0, for nobody
@@ -145,9 +124,8 @@ def _product(
     top_k: int,
     activation: str,
     tiles: Tiles,
-    prefetched: int = 0,
 ) -> torch.Tensor:
-    """One of the two products, by pair, with so many elements of each row of weights fetched ahead."""
+    """One of the two products, by pair."""
     num_pairs, num_slots = len(permutation.order), weight.shape[0]
     columns, depth = weight.shape[1] // (1 if activation == "none" else 2), weight.shape[2]
     out = torch.empty((num_pairs, columns), dtype=x.dtype, device=x.device)
@@ -176,7 +154,6 @@ def _product(
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
-        PREFETCH=prefetched,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **overlap(x),
@@ -203,16 +180,8 @@ def down_triton(
     weight: torch.Tensor,
     permutation: Permutation,
     bias: torch.Tensor | None = None,
-    after_gate_up: bool = False,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """What `down` computes; the same arguments and results, and tiles to try.
-
-    Right after `gate_up`, programs that start before it has ended may read the permutation, since none of its programs
-    lets others start before it was complete, and fetch weights, which no kernel writes.
-    """
+    """What `down` computes; the same arguments and results, and tiles to try."""
     tiles = tiles or choose_tiles(len(hidden), len(weight), weight.shape[1], False, hidden.element_size())
-    ahead = 0
-    if after_gate_up and tiles.rows <= 32:
-        ahead = min(max(power_of_two(weight.shape[2]), LINE_BYTES), MOST_PREFETCHED)
-    return _product(hidden, weight, bias, permutation, 1, "none", tiles, ahead)
+    return _product(hidden, weight, bias, permutation, 1, "none", tiles)

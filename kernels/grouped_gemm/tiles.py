@@ -70,7 +70,7 @@ def _plain(num_pairs: int, num_slots: int, columns: int) -> Tiles:
     rows_per_slot = num_pairs / num_slots
     if rows_per_slot <= 12:
         if min(num_pairs, num_slots) * columns <= 128 * FEW_PROGRAMS:
-            return Tiles(rows=16, columns=64, depth=128, warps=4, stages=5)  # fit beside the gated product's
+            return Tiles(rows=16, columns=128, depth=128, warps=8, stages=4)
         return Tiles(rows=16, columns=64, depth=256, warps=4, stages=3)
     if rows_per_slot <= 24:
         return Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from kernels.errors import OperatorError
 from kernels.route.reference import Routes, Scoring, route_reference
 
 __all__ = ["Routes", "route", "route_reference"]
@@ -53,15 +52,8 @@ def route(
     Raises:
         OperatorError: fewer experts than choices, or groups of unequal size.
     """
-    rule = Scoring(top_k, scoring, renormalise, scale, bias, num_groups, top_groups, group_score)
-    experts = logits.shape[1]
-    if not top_k <= experts // num_groups * top_groups:
-        raise OperatorError(
-            f"top-{top_k} of {experts} experts in {top_groups} of {num_groups} groups: there "
-            "are not as many experts to choose; lower top_k or raise top_groups"
-        )
-    if experts % num_groups:
-        raise OperatorError(f"{experts} experts do not divide into {num_groups} groups; use a divisor")
+    rule = Scoring(top_k, renormalise, scoring, scale, bias, num_groups, top_groups, group_score)
+    rule.check(logits.shape[1])
     if logits.is_cuda:
         from kernels.route.kernel import route_triton
 

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from kernels.errors import OperatorError
+
 NAN, OTHER_GROUP = -1e30, -2e30  # below every score, and ordered: what is chosen when nothing else is left
 SMALLEST_SUM = 1e-20  # a renormalising sum is never zero
 
@@ -33,13 +35,23 @@ class Scoring:
     """The arguments of `route` that a family of models fixes, as explained there."""
 
     top_k: int
+    renormalise: bool
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    renormalise: bool = False
     scale: float = 1.0
     bias: torch.Tensor | None = None
     num_groups: int = 1
     top_groups: int = 1
     group_score: Literal["max", "top2_sum"] = "max"
+
+    def check(self, experts: int) -> None:
+        """Refuse what so many experts cannot give."""
+        if experts % self.num_groups:
+            raise OperatorError(f"{experts} experts do not divide into {self.num_groups} groups; use a divisor")
+        if self.top_k > experts // self.num_groups * self.top_groups:
+            raise OperatorError(
+                f"top-{self.top_k} of {experts} experts in {self.top_groups} of {self.num_groups} groups: there are "
+                "not as many experts to choose; lower top_k or raise top_groups"
+            )
 
 
 def route_reference(logits: torch.Tensor, scoring: Scoring, slot_of_expert: torch.Tensor | None = None) -> Routes:

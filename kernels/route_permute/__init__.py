@@ -38,6 +38,8 @@ def route_permute(logits: torch.Tensor, num_slots: int, *, top_k: int, **scoring
         from kernels.route_permute.kernel import route_permute_triton
 
         slot_of_expert = scoring.pop("slot_of_expert", None)
-        return route_permute_triton(logits, num_slots, Scoring(top_k, **scoring), slot_of_expert)
+        rule = Scoring(top_k, **scoring)
+        rule.check(logits.shape[1])
+        return route_permute_triton(logits, num_slots, rule, slot_of_expert)
     routes = route(logits, top_k=top_k, **scoring)
     return routes, permute(routes.slots, num_slots)

@@ -105,10 +105,10 @@ def test_products_compile_for_hopper() -> None:
         from kernels.grouped_gemm.tiles import choose_tiles
         from tests.support.triton_compile import compile_for_sm90
 
-        def build(dtype, item_bytes, num_pairs, activation, bias, prefetched=0):
+        def build(dtype, item_bytes, num_pairs, activation, bias):
             tiles = choose_tiles(num_pairs, 32, 2880, activation != "none", item_bytes)
             constants = {"TOP_K": 4, "ACTIVATION": activation, "EVEN": 2880 % tiles.depth == 0, "BLOCK_P": 32}
-            constants |= {"BULK": tiles.bulk, "PREFETCH": prefetched}
+            constants["BULK"] = tiles.bulk
             constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "OVERLAP": True}
             signature = dict.fromkeys(("x", "weight", "bias", "out"), dtype) | {"order": "*i32", "indptr": "*i32"}
             signature |= dict.fromkeys(("num_slots", "num_columns", "num_depth", "group"), "i32")
@@ -121,10 +121,10 @@ def test_products_compile_for_hopper() -> None:
             built = compile_for_sm90(product_kernel, signature, constants, **options)
             assert built.metadata.shared <= 227 * 1024
             assert dtype == "*fp32" or "mma" in built.asm["ptx"]
-            assert ("prefetch.global.L2" in built.asm["ptx"]) == (prefetched > 0)
+            assert ("cp.async.bulk.tensor" in built.asm["ptx"]) == tiles.bulk
 
         build("*bf16", 2, 4, "gpt_oss", True)
-        build("*bf16", 2, 16, "none", True, prefetched=1024)
+        build("*bf16", 2, 16, "none", True)
         build("*bf16", 2, 8192, "none", False)
         build("*fp16", 2, 2048, "silu", False)
         build("*fp32", 4, 64, "silu", False)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.errors import OperatorError
+from kernels.permute import permute
 from kernels.route import route
+from kernels.route_permute import route_permute
 
 
 def test_softmax_by_hand() -> None:
@@ -97,3 +99,12 @@ def test_too_few_experts_or_unequal_groups() -> None:
         route(torch.zeros(1, 8), top_k=3, renormalise=True, num_groups=4)
     with pytest.raises(OperatorError, match="4 experts do not divide into 3 groups"):
         route(torch.zeros(1, 4), top_k=1, renormalise=True, num_groups=3)
+
+
+def test_route_permute_is_both() -> None:
+    logits = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    slot_of_expert = torch.tensor([0, -1, 2, 1, -1, 3, -1, -1], dtype=torch.int32)
+    routes, permutation = route_permute(logits, 4, top_k=3, renormalise=True, slot_of_expert=slot_of_expert)
+    expected = route(logits, top_k=3, renormalise=True, slot_of_expert=slot_of_expert)
+    assert all(map(torch.equal, routes, expected))
+    assert all(map(torch.equal, permutation, permute(expected.slots, 4)))

@@ -14,12 +14,13 @@ from kernels.grouped_gemm import down_reference, gate_up_reference
 from kernels.permute import Permutation, permute_reference
 from kernels.route import Routes, route_reference
 from kernels.route.reference import Scoring
+from kernels.route_permute import MOST_COMPARISONS
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 RULES: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"renormalise": False},
     "renormalised": {"renormalise": True},
-    "groups by max": {"num_groups": 4, "top_groups": 2, "scale": 16.0},
+    "groups by max": {"renormalise": False, "num_groups": 4, "top_groups": 2, "scale": 16.0},
     "sigmoid": {
         "scoring": "sigmoid",
         "renormalise": True,
@@ -116,7 +117,7 @@ def check_route(device: str, rule: str, tokens: int, experts: int, top_k: int) -
         arguments = (theirs, None if slots is None else slots.to(device))
         with poisoned():
             check_routes(route_triton(logits.to(device), *arguments), expected)
-            if tokens:
+            if 0 < tokens * top_k * max(tokens * top_k, experts) <= MOST_COMPARISONS:
                 routes, permutation = route_permute_triton(logits.to(device), experts, *arguments)
                 check_routes(routes, expected)
                 check_permutation(permutation, permute_reference(expected.slots, experts))
@@ -160,8 +161,8 @@ def check_products(
         hidden = gate_up_triton(x, first, permutation, top_k, activation, biases[0], tiles)
         assert_close(hidden, expected, TOLERANCE[dtype])
         hidden = gate_up_triton(x, first, permutation, top_k, activation, biases[0], tiles)
-        out = down_triton(hidden, second, permutation, biases[1], True, tiles)
-        again = down_triton(hidden, second, permutation, biases[1], False, tiles)
+        out = down_triton(hidden, second, permutation, biases[1], tiles)
+        again = down_triton(hidden, second, permutation, biases[1], tiles)
     assert_close(out, down_reference(hidden, second, permutation, biases[1]), TOLERANCE[dtype])
     assert torch.equal(out.nan_to_num(), again.nan_to_num())
 

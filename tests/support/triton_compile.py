@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -50,8 +51,6 @@ def in_interpreter(code: str) -> None:
 
 def _run(code: str, variables: dict[str, str]) -> None:
     """Fail with the process' output where it fails."""
-    import os
-
     command = [sys.executable, "-c", textwrap.dedent(code)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
