@@ -33,6 +33,7 @@ lint: $(READY) ## check style and types
 
 # pytest succeeds when every test was skipped; a run that tested nothing must not.
 test: lint ## set up what is missing, then check style and types and run all tests
+	@.ci/chromium
 	@log="$$(mktemp)"; trap 'rm -f "$$log"' EXIT; \
 	$(VENV)/bin/python -m pytest 2>&1 | tee "$$log"; \
 	grep -qE '(^| )[1-9][0-9]* passed' "$$log" || { echo "error: no test was run" >&2; exit 1; }
