@@ -19,8 +19,8 @@ def _add_rms_norm(x, residual, weight, total, normed, eps, D: tl.constexpr, BLOC
     inside = column < D
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     value = tl.load(x + row + column, mask=inside, other=0.0)
     if ADD:
         added = tl.load(residual + row + column, mask=inside, other=0.0)
