@@ -13,7 +13,18 @@ from kernels.launch import overlap
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, total, normed, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr):
+def _add_rms_norm(
+    x,
+    residual,
+    weight,
+    total,
+    normed,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * D
     column = tl.arange(0, BLOCK)
     inside = column < D

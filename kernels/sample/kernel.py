@@ -167,7 +167,9 @@ def sample_triton(
         options = {"MIN_TEMPERATURE": MIN_TEMPERATURE, "NO_TOKEN": NO_TOKEN, **overlap(logits)}
         draw = logits, temperature, seeds, positions
         found = scores, tokens, peaks
-        _race[(parts, batch)](*draw, *found, vocabulary, logits.stride(0), PARTS=parts, PART=PART, num_warps=8, **options)
+        _race[(parts, batch)](
+            *draw, *found, vocabulary, logits.stride(0), PARTS=parts, PART=PART, num_warps=8, **options
+        )
         _name_winner[(batch,)](
             *draw,
             temperature if top_p is None else top_p,
