@@ -36,12 +36,13 @@ def test_attention_in_interpreter() -> None:
     in_interpreter(
         """
         import torch
+        from kernels.decode_attention.splits import Tiles
         from tests.support.attention_cases import check_decode_attention
-        many = {"block": 16, "programs_per_sm": 32}  # many splits, more of them than blocks of most rows
+        many = Tiles(block=16, warps=4, stages=2, programs_per_sm=32, least=16)  # more splits than most rows have blocks
         check_decode_attention("cpu", torch.float32, [70, 0, 1, 64, 200], (4, 2, 16), 16)
         check_decode_attention("cpu", torch.float16, [70, 3], (6, 2, 64), 32, window=20, sinks=True)
-        check_decode_attention("cpu", torch.float32, [40, 33, 7], (4, 4, 24), 16, sinks=True, **many)
-        check_decode_attention("cpu", torch.float32, [130, 0, 17], (6, 1, 16), 64, window=33, **many)
+        check_decode_attention("cpu", torch.float32, [40, 33, 7], (4, 4, 24), 16, sinks=True, tiles=many)
+        check_decode_attention("cpu", torch.float32, [130, 0, 17], (6, 1, 16), 64, window=33, tiles=many)
         check_decode_attention("cpu", torch.float32, [0, 0], (4, 2, 16), 16)
         check_decode_attention("cpu", torch.float32, [], (4, 2, 16), 16)
         """
@@ -84,22 +85,23 @@ def test_small_kernels_compile_for_hopper() -> None:
 def test_attention_compiles_for_hopper() -> None:
     in_compiler(
         """
-        from kernels.decode_attention.kernel import _decode_attention
+        from kernels.decode_attention.kernel import _decode_attention, add_splits
         from tests.support.triton_compile import compile_for_sm90
 
-        types = dict.fromkeys(("partial", "peaks", "totals"), "*fp32") | {"scale_log2": "fp32"}
-        types |= dict.fromkeys(("page_table", "lengths", "counters"), "*i32")
-        types |= {n: "i32" for n in _decode_attention.arg_names if n.endswith("_stride")} | {"splits": "i32"}
-        shapes = {"R": 8, "ROWS": 16, "ROWS_SUM": 8, "PAGE": 16, "BLOCK": 64, "LOG2_E": 1.44, "OVERLAP": True}
-        shapes |= {"SPLITS_SUM": 64}
-        qwen = shapes | {"H": 32, "D": 128, "BLOCK_D": 128, "CHUNK": 8, "WINDOW": 0, "SINKS": False}
-        gpt_oss = shapes | {"H": 64, "D": 64, "BLOCK_D": 64, "CHUNK": 16, "WINDOW": 128, "SINKS": True}
-        for dtype, shape in (("*bf16", qwen), ("*fp16", gpt_oss), ("*fp32", qwen)):
+        types = dict.fromkeys(("partial", "peaks", "totals"), "*fp32") | {"scale_log2": "fp32", "splits": "i32"}
+        types |= dict.fromkeys(("page_table", "lengths"), "*i32")
+        types |= {n: "i32" for n in _decode_attention.arg_names if n.endswith("_stride")}
+        shape = {"R": 8, "ROWS": 16, "PAGE": 16, "LOG2_E": 1.44, "OVERLAP": True, "BLOCK_SPLITS": 64}
+        qwen = shape | {"H": 32, "D": 128, "BLOCK_D": 128, "WINDOW": 0, "SINKS": False, "WHOLE": False, "BLOCK": 64}
+        gpt_oss = shape | {"H": 64, "D": 64, "BLOCK_D": 64, "WINDOW": 128, "SINKS": True, "WHOLE": True, "BLOCK": 128}
+        for dtype, constants, stages in (("*bf16", qwen, 3), ("*fp16", gpt_oss, 2), ("*fp32", qwen | {"BLOCK": 32}, 2)):
             kinds = types | dict.fromkeys(("q", "k_cache", "v_cache", "sinks", "out"), dtype)
-            signature = {n: kinds[n] for n in _decode_attention.arg_names if n in kinds}
-            built = compile_for_sm90(_decode_attention, signature, shape, num_warps=4, num_stages=3)
-            assert built.metadata.shared <= 227 * 1024
-            assert dtype == "*fp32" or "mma" in built.asm["ptx"]
+            for kernel in (_decode_attention, add_splits):
+                signature = {n: kinds[n] for n in kernel.arg_names if n in kinds}
+                mine = {n: v for n, v in constants.items() if n in kernel.arg_names}
+                built = compile_for_sm90(kernel, signature, mine, num_warps=4, num_stages=stages)
+                assert built.metadata.shared <= 227 * 1024
+                assert kernel is add_splits or dtype == "*fp32" or "mma" in built.asm["ptx"]
         """
     )
 

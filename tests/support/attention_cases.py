@@ -8,6 +8,7 @@ import torch
 
 from kernels.decode_attention.kernel import decode_attention_triton
 from kernels.decode_attention.reference import decode_attention_reference
+from kernels.decode_attention.splits import Tiles
 from kernels.rms_norm.kernel import add_rms_norm_triton
 from kernels.rms_norm.reference import add_rms_norm_reference
 from kernels.rope_cache.kernel import rope_cache_triton
@@ -80,7 +81,7 @@ def check_decode_attention(
     window: int | None = None,
     sinks: bool = False,
     extra_pages: int = 1,
-    **tuning: int,
+    tiles: Tiles | None = None,
 ) -> None:
     """Attention with ``heads`` = (H, G, d) over pages that are NaN where no token is; twice, to the same bits."""
     torch.manual_seed(len(lengths))
@@ -92,8 +93,8 @@ def check_decode_attention(
     inputs = [x.to(device) for x in (q, k_cache, v_cache, page_table, torch.tensor(lengths, dtype=torch.int32))]
     sink = torch.randn(num_heads, device=device) * 3 if sinks else None
     with poisoned():
-        found = decode_attention_triton(*inputs, size**-0.5, window, sink, **tuning)
-        again = decode_attention_triton(*inputs, size**-0.5, window, sink, **tuning)
+        found = decode_attention_triton(*inputs, size**-0.5, window, sink, tiles=tiles)
+        again = decode_attention_triton(*inputs, size**-0.5, window, sink, tiles=tiles)
     assert torch.equal(found, again)
     assert_near(found, decode_attention_reference(*inputs, size**-0.5, window, sink))
 
