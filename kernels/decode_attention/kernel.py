@@ -1,7 +1,7 @@
 """Triton kernel of decode attention: split over the context, one program per sequence, key/value head and split.
 
-All query heads of one key/value head share a program, so that every key and value is read once. Where there is more than
-one split, a second kernel adds them up: one program per sequence and query head, every split in one load.
+All query heads of one key/value head share a program, so that every key and value is read once. Where there is more
+than one split, a second kernel adds them up: one program per sequence and query head, every split in one load.
 
 Shape legend: B sequences, H query heads, G key/value heads, R = H / G query heads per key/value head, d head size,
 S splits.
