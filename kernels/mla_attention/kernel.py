@@ -1,7 +1,7 @@
 """Triton kernel of latent decode attention: split over the context, one program per sequence and split for all heads.
 
 Every tile of the cache is read once and used twice, as keys and as values. The heads stand in the columns of both
-products, so that the wide tile goes to the matrix units from shared memory and only the heads' weights through registers.
+products: the wide tile goes to the matrix units from shared memory, and only the heads' weights through registers.
 
 Shape legend: B sequences, H heads, C latent size, r rotated part, S splits.
 """
