@@ -6,8 +6,8 @@ Every time is taken in a CUDA graph that goes through several layers' caches, so
 spares the other engines the launches that they pay for in an eager step. Engines of `decode_attention`: `transformers`
 is what Transformers runs by default in a decode step, its dynamic cache growing by one token included (the window's
 cache apart); `transformers_attention` the attention function of that alone (SDPA, or gpt-oss's own); `sdpa_flash`
-PyTorch's flash kernel with the query heads of a group as rows of one head; `flex` compiled `flex_attention`. Bytes count
-keys and values once. DeepSeek-V2-Lite is `mla_attention` against Transformers' expanded keys and values.
+PyTorch's flash kernel with the query heads of a group as rows of one head; `flex` compiled `flex_attention`. Bytes
+count keys and values once. DeepSeek-V2-Lite is `mla_attention` against Transformers' expanded keys and values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.graph_timing import copy_bytes_per_us, time_us
 from kernels.decode_attention import decode_attention
 from kernels.mla_attention import mla_attention
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-from kernels.rope_cache import rope_cache, rope_cache_reference
+from kernels.rope_cache import rope_cache
 from kernels.sample import sample, sample_reference
 from placement import provenance
 
@@ -75,10 +75,10 @@ def native_calls(shape: Shape, batch: int, context: int, sets: int) -> Calls:
     calls: Calls = []
     for _ in range(sets):
         q = draw(batch, shape.num_heads, shape.head_size)
-        caches = draw(2, batch * columns, PAGE, shape.num_kv_heads, shape.head_size).unbind(0)
+        keys, values = draw(2, batch * columns, PAGE, shape.num_kv_heads, shape.head_size)
         table = torch.randperm(batch * columns, device="cuda").int().view(batch, columns)
         scale = shape.head_size**-0.5
-        calls.append(functools.partial(decode_attention, q, *caches, table, lengths, scale, shape.window, sinks))
+        calls.append(functools.partial(decode_attention, q, keys, values, table, lengths, scale, shape.window, sinks))
     return calls
 
 
@@ -173,11 +173,11 @@ def small_calls(batch: int) -> Iterator[tuple[str, str, int, Calls]]:
     norms: dict[str, Callable[..., object]] = {"expertplan": add_rms_norm, "torch": add_rms_norm_reference}
     for engine, op in norms.items():
         yield "rms_norm", engine, 4 * x.nbytes, [functools.partial(op, x, residual, weight, 1e-6)] * 16
-    qkv, caches, norm = draw(batch, 40 * 128), draw(2, batch, PAGE, 4, 128).unbind(0), draw(128)
+    qkv, (keys, values), norm = draw(batch, 40 * 128), draw(2, batch, PAGE, 4, 128), draw(128)
     positions = torch.arange(batch, device="cuda", dtype=torch.int32)
     cos_sin, slots = torch.randn(4096, 2, 64, device="cuda"), torch.arange(batch, device="cuda") * PAGE
-    call = functools.partial(rope_cache, qkv, positions, cos_sin, *caches, slots, q_norm=norm, k_norm=norm)
-    yield "rope_cache", "expertplan", 2 * qkv.nbytes, [call] * 16  # the reference cannot be captured
+    rope = functools.partial(rope_cache, qkv, positions, cos_sin, keys, values, slots, q_norm=norm, k_norm=norm)
+    yield "rope_cache", "expertplan", 2 * qkv.nbytes, [rope] * 16  # the reference cannot be captured
     logits, ones = draw(batch, 151_936), torch.ones(batch, device="cuda")
     seeds = torch.arange(batch, device="cuda")
     draws: dict[str, Callable[..., object]] = {"expertplan": sample, "torch": sample_reference}
