@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kernels.decode_attention.kernel import LOG2_E, add_splits, split_range
 from kernels.decode_attention.splits import MAX_SPLITS, Tiles, choose_splits
+from kernels.errors import OperatorError
 from kernels.launch import overlap
 
 MIN_HEADS = 16  # of a tile that the matrix units take
@@ -104,13 +105,13 @@ def mla_attention_triton(
     """What `mla_attention` computes, on a GPU or in the interpreter; the same arguments and results.
 
     Raises:
-        ValueError: C or r is not a power of two.
+        OperatorError: C or r is not a power of two.
     """
     batch, num_heads, size = q_latent.shape
     rotated, page_size = q_rope.shape[2], cache.shape[1]
     for name, value in (("latent size", size), ("rotated part", rotated)):
         if value & (value - 1):
-            raise ValueError(f"{name} {value}: the kernel needs a power of two; use mla_attention_reference")
+            raise OperatorError(f"{name} {value}: the kernel needs a power of two; use mla_attention_reference")
     tiles = tiles or choose_tiles(q_latent.dtype)
     splits = choose_splits(batch, page_table.shape[1] * page_size, tiles, q_latent.device)
     out = torch.empty((batch, num_heads, size), dtype=q_latent.dtype, device=q_latent.device)
