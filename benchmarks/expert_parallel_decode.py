@@ -214,7 +214,7 @@ def main() -> None:
     for kind in ["contiguous"] if recording else flags.plans.split(","):
         plan = make_plan(kind, config["num_experts"], config["num_experts_per_tok"], layers, group.world_size)
         for exchange in ("allreduce",) if recording else ("allreduce", "alltoall"):
-            settings = EngineSettings(weights="random", dtype="bfloat16", device=flags.device, exchange=exchange)
+            settings = EngineSettings(weights="random", dtype="bfloat16", device=flags.device, exchange=exchange, path="universal")
             run = Run(plan, flags.shape, group, load_worker(plan, flags.shape, settings, group), None)
             if recording:
                 Path(flags.reference).mkdir(parents=True, exist_ok=True)
