@@ -52,8 +52,8 @@ class PageAllocator:
         needed = self.pages_for(num_tokens)
         if needed > len(self._free):
             raise ModelError(
-                f"{num_tokens} tokens: expected at most {len(self._free) * self.page_size}, which the cache has free; ask "
-                "for fewer tokens, or serve with a larger cache_tokens"
+                f"{num_tokens} tokens: expected at most {len(self._free) * self.page_size}, for which there are pages; "
+                "ask for fewer, or serve with a larger cache_tokens"
             )
         self._held[sequence] = [self._free.pop() for _ in range(needed)]
         return self._held[sequence]

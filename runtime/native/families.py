@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from kernels.route import Scoring
 from runtime.errors import ModelError
 
 HEAD_SIZES = (8, 16, 32, 64, 128, 256)
@@ -90,11 +89,6 @@ class DecoderShape:
     def kv_values_per_token(self) -> int:
         """Numbers cached for one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_size
-
-    @property
-    def scoring(self) -> Scoring:
-        """How the router's logits become choices and weights."""
-        return Scoring(self.top_k, renormalise=self.renormalise)
 
     @property
     def scale(self) -> float:

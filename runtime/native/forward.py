@@ -96,13 +96,13 @@ def _feed_forward(
     if decoder.replace_routes is not None:
         routes = decoder.replace_routes(number, routes)
     pairs = run_experts(decoder.shape, layer.experts, normed, routes)
-    return combine(pairs, routes, residual, next_norm, eps, shared_expert(normed, layer))
+    return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
 def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> Routes:
     """The router's choice for tokens ``[T, D]``."""
     logits = linear(normed, experts.router, experts.router_bias)
-    return route(logits, shape.scoring, experts.slot_of_expert)
+    return route(logits, top_k=shape.top_k, renormalise=shape.renormalise, slot_of_expert=experts.slot_of_expert)
 
 
 def run_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, routes: Routes) -> torch.Tensor:

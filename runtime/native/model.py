@@ -48,7 +48,7 @@ class NativeModel:
         self._filled: Rows | None = None  # rows that hold the running sequences as they stand
         self._graphs: dict[tuple[int, int, bool], GraphedStep] | None = {} if graphs else None
         self._replayed: ReplayedRoutes | None = None
-        self._pool = torch.cuda.graph_pool_handle() if graphs else (0, 0)
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     @property
     def running(self) -> list[int]:

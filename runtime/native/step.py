@@ -5,6 +5,8 @@ Shape legend: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 
@@ -58,10 +60,10 @@ class GraphedStep:
         decoder: the model.
         rows: of this size; they must be filled again after capturing, which runs the step.
         nucleus: as in `decode_step`.
-        pool: memory shared by graphs that never run at the same time.
+        pool: handle of the memory shared by graphs that never run at the same time.
     """
 
-    def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool, pool: tuple[int, int]) -> None:
+    def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool, pool: Any) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles kernels and sets up libraries, which cannot be done while capturing
