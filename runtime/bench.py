@@ -90,18 +90,8 @@ def time_batch(
         A flat row. A step lasts from its plan until all ranks know the new tokens.
     """
     worker = run.worker
-    generator = torch.Generator().manual_seed(benchmark.seed + batch)
-    length = benchmark.context - benchmark.warmup_steps
-    prompts = torch.randint(worker.facts.vocabulary, (batch, length), generator=generator).tolist()
-    new_tokens = benchmark.warmup_steps + benchmark.steps + 1
-    homes = 1 if worker.everyone_holds_all else run.group.world_size
-    admissions = [
-        Admission(number, prompt, number % homes, 0.0, 1.0, 0, new_tokens) for number, prompt in enumerate(prompts)
-    ]
-    together = max(1, 8192 // length) if worker.model.can_merge else batch
-    for start in range(0, batch, together):
-        worker.execute(StepPlan(admit=admissions[start : start + together]))
-    routes = _replay(run, source, benchmark, batch, homes)
+    start_sequences(run, benchmark, batch)
+    routes = _replay(run, source, benchmark, batch)
     times = []
     for step in range(benchmark.warmup_steps + benchmark.steps):
         start_s = time.perf_counter()
@@ -131,12 +121,32 @@ def time_batch(
     return row
 
 
-def _replay(
-    run: Run, source: RouteSource | None, benchmark: DecodeBenchmark, batch: int, homes: int
-) -> torch.Tensor | None:
+def start_sequences(run: Run, benchmark: DecodeBenchmark, batch: int) -> None:
+    """Prefill random prompts, numbered from 0, dealt to the ranks that hold sequences of their own."""
+    worker = run.worker
+    generator = torch.Generator().manual_seed(benchmark.seed + batch)
+    length = benchmark.context - benchmark.warmup_steps
+    prompts = torch.randint(worker.facts.vocabulary, (batch, length), generator=generator).tolist()
+    new_tokens = benchmark.warmup_steps + benchmark.steps + 1
+    homes = num_homes(run)
+    admissions = [
+        Admission(number, prompt, number % homes, 0.0, 1.0, 0, new_tokens) for number, prompt in enumerate(prompts)
+    ]
+    together = max(1, 8192 // length) if worker.model.can_merge else batch
+    for start in range(0, batch, together):
+        worker.execute(StepPlan(admit=admissions[start : start + together]))
+
+
+def num_homes(run: Run) -> int:
+    """Ranks that sequences are dealt to."""
+    return 1 if run.worker.everyone_holds_all else run.group.world_size
+
+
+def _replay(run: Run, source: RouteSource | None, benchmark: DecodeBenchmark, batch: int) -> torch.Tensor | None:
     """Let this rank's sequences take the source's routes from now on; the routes ``[S, L, T, K]`` of timed steps."""
     if source is None:
         return None
+    homes = num_homes(run)
     rank = run.group.rank if homes > 1 else 0
     mine = len(range(rank, batch, homes))
     routes = source.draw(benchmark.warmup_steps + benchmark.steps, mine, rank)

@@ -53,8 +53,14 @@ class RouteSource:
         return torch.from_numpy(np.ascontiguousarray(routes.astype(np.int32)))
 
     def _uniform(self, rng: np.random.Generator, num_steps: int, num_tokens: int) -> np.ndarray:
-        scores = rng.random((num_steps, self.num_layers, num_tokens, self.num_experts), dtype=np.float32)
-        return scores.argpartition(self.top_k - 1, axis=-1)[..., : self.top_k]
+        """Floyd's way to draw K of E without repetition, for all tokens at once."""
+        shape = (num_steps, self.num_layers, num_tokens)
+        chosen = np.empty((*shape, self.top_k), dtype=np.int32)
+        for place, last in enumerate(range(self.num_experts - self.top_k, self.num_experts)):
+            drawn = rng.integers(last + 1, size=shape, dtype=np.int32)
+            taken = (chosen[..., :place] == drawn[..., None]).any(axis=-1)
+            chosen[..., place] = np.where(taken, last, drawn)
+        return chosen
 
     def _replay(self, rng: np.random.Generator, num_steps: int, num_tokens: int) -> np.ndarray:
         """Every row follows unseen sequences through their generated tokens, one after the other."""

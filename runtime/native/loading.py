@@ -74,9 +74,14 @@ def load_config(model: str) -> Any:
 
 
 def load_native(
-    plan: PlacementPlan, model: str, shape: DecoderShape, settings: EngineSettings, group: RankGroup
+    plan: PlacementPlan,
+    model: str,
+    shape: DecoderShape,
+    settings: EngineSettings,
+    group: RankGroup,
+    capture: bool = True,
 ) -> NativeWorker:
-    """Load this rank's weights and make the cache.
+    """Load this rank's weights, make the cache, and on GPUs capture the steps of all sizes (else when first needed).
 
     Raises:
         ModelError: the checkpoint cannot be read, or the cache does not fit.
@@ -90,7 +95,7 @@ def load_native(
     decoder = load_decoder(model, config, shape, slots, dtype, device, settings)
     loaded_s = time.perf_counter()
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
-    if device.type == "cuda":
+    if device.type == "cuda" and capture:
         native.capture(settings.max_sequences)
     logger.info(
         "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens",
