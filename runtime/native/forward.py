@@ -13,18 +13,19 @@ from torch.nn.functional import linear, silu
 
 from kernels.combine import combine
 from kernels.grouped_gemm import down, gate_up
-from kernels.permute import permute
+from kernels.permute import Permutation
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_cache import rope_cache
-from kernels.route import Routes, route
+from kernels.route import Routes
+from kernels.route_permute import route_permute
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
 
 # layer, rotated queries [T, H, d] -> [T, H, d]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
-# layer, the router's choice -> what is used instead
-ReplaceRoutes = Callable[[int, Routes], Routes]
+# layer, the router's choice and the pairs of every slot -> what is used instead
+ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
 
 
 @dataclass
@@ -36,7 +37,8 @@ class Decoder:
         weights: in the operators' layout.
         cache: of keys and values.
         rotary: float32 ``[positions, 2, d/2]``.
-        replace_routes: for measurements and tests: called with every MoE layer's number and its routes.
+        replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
+            their permutation.
     """
 
     shape: DecoderShape
@@ -92,22 +94,29 @@ def _feed_forward(
     if layer.experts is None:
         assert layer.mlp is not None
         return add_rms_norm(gated_mlp(normed, layer.mlp), residual, next_norm, eps)
-    routes = choose_experts(decoder.shape, layer.experts, normed)
+    routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
     if decoder.replace_routes is not None:
-        routes = decoder.replace_routes(number, routes)
-    pairs = run_experts(decoder.shape, layer.experts, normed, routes)
+        routes, permutation = decoder.replace_routes(number, routes, permutation)
+    pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
-def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> Routes:
-    """The router's choice for tokens ``[T, D]``."""
+def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
+    """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
     logits = linear(normed, experts.router, experts.router_bias)
-    return route(logits, top_k=shape.top_k, renormalise=shape.renormalise, slot_of_expert=experts.slot_of_expert)
+    return route_permute(
+        logits,
+        len(experts.gate_up),
+        top_k=shape.top_k,
+        renormalise=shape.renormalise,
+        slot_of_expert=experts.slot_of_expert,
+    )
 
 
-def run_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, routes: Routes) -> torch.Tensor:
+def run_experts(
+    shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, permutation: Permutation
+) -> torch.Tensor:
     """Outputs of this rank's slots for every pair, not yet weighted, ``[T·K, D]``."""
-    permutation = permute(routes.slots, len(experts.gate_up))
     inner = gate_up(normed, experts.gate_up, permutation, shape.top_k, shape.activation, experts.gate_up_bias)
     return down(inner, experts.down, permutation, experts.down_bias)
 

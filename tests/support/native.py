@@ -61,7 +61,7 @@ def drive(model: NativeModel, prompts: Sequence[Sequence[int]], arrivals: Sequen
     step, ended = 0, []
     while len(recording.tokens) < len(prompts) or model.running:
         model.retire(ended)
-        due = [number for number, arrival in enumerate(arrivals) if arrival == step]
+        due = [number for number, arrival in enumerate(arrivals[: len(prompts)]) if arrival == step]
         if due:
             recording.note(model, model.prefill([admission(n, prompts[n], new_tokens) for n in due]))
         elif model.running:

@@ -35,8 +35,9 @@ def loaded(path: str) -> torch.nn.Module:
 def test_greedy_tokens_and_logits(family: str, saved_model: Callable[[str], str]) -> None:
     path = saved_model(family)
     model = native_model(path, slots=shuffled(path))
-    recording = drive(model, PROMPTS, ARRIVALS, NEW_TOKENS)
-    for number, prompt in enumerate(PROMPTS):
+    prompts = PROMPTS[1:4] if family == "demo" else PROMPTS  # the demo model is larger
+    recording = drive(model, prompts, ARRIVALS, NEW_TOKENS)
+    for number, prompt in enumerate(prompts):
         check_equal(recording, number, *greedy(loaded(path), prompt, NEW_TOKENS))
     assert model.pages.num_free == model.pages.num_pages
 
@@ -60,6 +61,16 @@ def check_equal(recording: Recording, number: int, tokens: list[int], logits: to
             return
 
 
+@cache
+def kept(path: str) -> NativeModel:
+    return native_model(path)
+
+
+@cache
+def alone(path: str, number: int) -> tuple[list[int], torch.Tensor]:
+    return greedy(loaded(path), PROMPTS[number], 20)
+
+
 # "admit" joins so many further prompts, "retire" drops a sequence, "decode" takes a step.
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["admit", "retire", "decode", "decode"]), st.integers(1, 3)), min_size=4, max_size=14
@@ -67,10 +78,13 @@ OPERATIONS = st.lists(
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(operations=OPERATIONS)
-def test_any_order_of_joining_and_leaving(family: str, operations: list[tuple[str, int]]) -> None:
-    model = tiny(family)
+def test_any_order_of_joining_and_leaving(
+    family: str, operations: list[tuple[str, int]], saved_model: Callable[[str], str]
+) -> None:
+    path = saved_model(family)
+    model = kept(path)
     model.retire(model.running)
     recording = Recording()
     waiting = list(range(len(PROMPTS)))
@@ -83,25 +97,6 @@ def test_any_order_of_joining_and_leaving(family: str, operations: list[tuple[st
         elif name == "decode" and model.running:
             recording.note(model, model.decode())
     for number, rows in recording.logits.items():
-        tokens, logits = alone(family, number)
+        tokens, logits = alone(path, number)
         np.testing.assert_allclose(np.stack(rows), logits[: len(rows)].numpy(), rtol=0, atol=TOLERANCE)
         assert recording.tokens[number] == tokens[: len(rows)]
-
-
-@cache
-def tiny(family: str) -> NativeModel:
-    return native_model(SAVED(family))
-
-
-@cache
-def alone(family: str, number: int) -> tuple[list[int], torch.Tensor]:
-    return greedy(loaded(SAVED(family)), PROMPTS[number], 20)
-
-
-@pytest.fixture(autouse=True)
-def _saved(saved_model: Callable[[str], str]) -> None:
-    global SAVED
-    SAVED = saved_model
-
-
-SAVED: Callable[[str], str]
