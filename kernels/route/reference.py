@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+NAN, OTHER_GROUP = -1e30, -2e30  # below every score, and ordered: what is chosen when nothing else is left
 SMALLEST_SUM = 1e-20  # a renormalising sum is never zero
 
 
@@ -46,7 +47,7 @@ def route_reference(logits: torch.Tensor, scoring: Scoring, slot_of_expert: torc
     wide = logits.float()
     scores_TE = wide.softmax(1) if scoring.scoring == "softmax" else wide.sigmoid()
     choice_TE = scores_TE if scoring.bias is None else scores_TE + scoring.bias
-    choice_TE = choice_TE.nan_to_num(nan=-torch.inf)
+    choice_TE = choice_TE.masked_fill(choice_TE.isnan(), NAN)
     if scoring.num_groups > 1:
         choice_TE = _keep_top_groups(choice_TE, scoring)
     ids_TK = choice_TE.sort(dim=1, descending=True, stable=True).indices[:, : scoring.top_k]
@@ -63,4 +64,4 @@ def _keep_top_groups(choice_TE: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     best = groups.topk(2 if scoring.group_score == "top2_sum" else 1, dim=2).values.sum(2)
     chosen = best.sort(dim=1, descending=True, stable=True).indices[:, : scoring.top_groups]
     kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, chosen, True)
-    return groups.masked_fill(~kept[:, :, None], -torch.inf).flatten(1)
+    return groups.masked_fill(~kept[:, :, None], OTHER_GROUP).flatten(1)

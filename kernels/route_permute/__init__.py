@@ -1,0 +1,42 @@
+"""Routing and permutation in one launch where a step has few tokens: a launch costs more than the work.
+
+Shape legend: T tokens, E logical experts, K choices per token, P local slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.permute import Permutation, permute
+from kernels.route import Routes, route
+from kernels.route.reference import Scoring
+
+__all__ = ["route_permute"]
+
+MOST_PAIRS = 256  # whose ranks one program finds by comparing all with all
+
+
+def route_permute(logits: torch.Tensor, num_slots: int, *, top_k: int, **scoring: Any) -> tuple[Routes, Permutation]:
+    """What `route` and then `permute` of its slots give, bit for bit.
+
+    Args:
+        logits: what the router gives, bfloat16, float16 or float32 ``[T, E]``.
+        num_slots: slots of this rank P.
+        top_k: choices per token K.
+        scoring: the other arguments of `route`.
+
+    Returns:
+        The routes, and the pairs of every slot.
+
+    Raises:
+        OperatorError: as in `route`.
+    """
+    if logits.is_cuda and 0 < logits.shape[0] * top_k <= MOST_PAIRS:
+        from kernels.route_permute.kernel import route_permute_triton
+
+        slot_of_expert = scoring.pop("slot_of_expert", None)
+        return route_permute_triton(logits, num_slots, Scoring(top_k, **scoring), slot_of_expert)
+    routes = route(logits, top_k=top_k, **scoring)
+    return routes, permute(routes.slots, num_slots)
