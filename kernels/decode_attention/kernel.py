@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.decode_attention.splits import arrival_counters, choose_splits
+from kernels.decode_attention.splits import MAX_SPLITS, arrival_counters, choose_splits
 from kernels.launch import overlap
 
 LOG2_E = 1.4426950408889634
@@ -69,12 +69,12 @@ def add_splits(
     values = tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, active, CHUNK):
         split = start + tl.arange(0, CHUNK)[:, None]
-        index = (first + split) * R + row[None, :]
-        there = (split < active) & (row < R)[None, :]
-        weight = tl.exp2(tl.load(peaks + index, mask=there, other=-float("inf"), cache_modifier=".cg") - peak[None, :])
+        place = (first + split) * R + row[None, :]
+        kept = (split < active) & (row < R)[None, :]
+        weight = tl.exp2(tl.load(peaks + place, mask=kept, other=-float("inf"), cache_modifier=".cg") - peak[None, :])
         tile = tl.load(
-            partial + index[:, :, None] * WIDTH + column[None, None, :],
-            mask=there[:, :, None] & (column < WIDTH)[None, None, :],
+            partial + place[:, :, None] * WIDTH + column[None, None, :],
+            mask=kept[:, :, None] & (column < WIDTH)[None, None, :],
             other=0.0,
             cache_modifier=".cg",
         )
@@ -82,7 +82,7 @@ def add_splits(
     return peak, total, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "table_stride"])
 def _decode_attention(
     q,
     k_cache,
@@ -96,6 +96,7 @@ def _decode_attention(
     totals,
     counters,
     scale_log2,
+    splits,
     table_stride,
     k_page_stride,
     k_token_stride,
@@ -109,7 +110,6 @@ def _decode_attention(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 for none
     SINKS: tl.constexpr,
-    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     ROWS_SUM: tl.constexpr,
     SPLITS_SUM: tl.constexpr,
@@ -127,13 +127,13 @@ def _decode_attention(
     q_offset = sequence * (H * D) + head[:, None] * D + column[None, :]
 
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     first_block = oldest // BLOCK
     num_blocks = tl.cdiv(length, BLOCK) - first_block
-    blocks_per_split = tl.cdiv(num_blocks, SPLITS)
+    blocks_per_split = tl.cdiv(num_blocks, splits)
     start = first_block + split * blocks_per_split
     end = tl.minimum(start + blocks_per_split, first_block + num_blocks)
     if length == 0:
@@ -177,7 +177,7 @@ def _decode_attention(
         result = _finish(peak, total, values, sinks, tl.minimum(head, H - 1), LOG2_E, SINKS)
         tl.store(out + q_offset, result.to(out.dtype.element_ty), mask=inside)
         return
-    first = (sequence * (H // R) + group) * SPLITS
+    first = (sequence * (H // R) + group) * splits
     index = (first + split) * R + row
     tl.store(peaks + index, peak, mask=row < R)
     tl.store(totals + index, total, mask=row < R)
@@ -240,6 +240,7 @@ def decode_attention_triton(
             totals,
             arrival_counters(batch * num_kv_heads, q.device),
             scale * LOG2_E,
+            splits,
             page_table.stride(0),
             *k_cache.stride()[:3],
             *v_cache.stride()[:3],
@@ -249,10 +250,9 @@ def decode_attention_triton(
             PAGE=page_size,
             WINDOW=window or 0,
             SINKS=sinks is not None,
-            SPLITS=splits,
             ROWS=max(MIN_ROWS, rows_sum),
             ROWS_SUM=rows_sum,
-            SPLITS_SUM=triton.next_power_of_2(splits),
+            SPLITS_SUM=MAX_SPLITS,
             CHUNK=max(8192 // (rows_sum * block_d), 1),
             BLOCK_D=block_d,
             BLOCK=block,

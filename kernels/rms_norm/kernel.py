@@ -13,14 +13,25 @@ from kernels.launch import overlap
 
 
 @triton.jit
-def _add_rms_norm(x, residual, weight, total, normed, eps, D: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr):
+def _add_rms_norm(
+    x,
+    residual,
+    weight,
+    total,
+    normed,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * D
     column = tl.arange(0, BLOCK)
     inside = column < D
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     value = tl.load(x + row + column, mask=inside, other=0.0)
     if ADD:
         added = tl.load(residual + row + column, mask=inside, other=0.0)

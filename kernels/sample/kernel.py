@@ -35,7 +35,7 @@ def _mix(x):
 def _row_key(seeds, positions, row):
     """Hash of a row's seed and position."""
     seed = tl.load(seeds + row).to(tl.int64)
-    key = _mix(seed.to(tl.uint32, bitcast=False) ^ 0x9E3779B1)
+    key = _mix(seed.to(tl.uint32) ^ 0x9E3779B1)
     key = _mix(key ^ (seed >> 32).to(tl.uint32))
     return _mix(key ^ tl.load(positions + row).to(tl.uint32))
 
@@ -78,8 +78,8 @@ def _race(
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = part * PART + tl.arange(0, PART)
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     temperature = tl.load(temperatures + row)
     logit = tl.load(logits + row * row_stride + token, mask=token < V, other=-float("inf")).to(tl.float32)
     scaled = logit
@@ -118,8 +118,8 @@ def _name_winner(
     part = tl.arange(0, BLOCK_PARTS)
     there = part < PARTS
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     part_scores = tl.load(scores + row * PARTS + part, mask=there, other=-float("inf"))
     part_tokens = tl.load(tokens + row * PARTS + part, mask=there, other=NO_TOKEN)
     _, winner = _best(part_scores, part_tokens, -float("inf"), NO_TOKEN, NO_TOKEN)
@@ -167,7 +167,9 @@ def sample_triton(
         options = {"MIN_TEMPERATURE": MIN_TEMPERATURE, "NO_TOKEN": NO_TOKEN, **overlap(logits)}
         draw = logits, temperature, seeds, positions
         found = scores, tokens, peaks
-        _race[(parts, batch)](*draw, *found, vocabulary, logits.stride(0), PARTS=parts, PART=PART, num_warps=8, **options)
+        _race[(parts, batch)](
+            *draw, *found, vocabulary, logits.stride(0), PARTS=parts, PART=PART, num_warps=8, **options
+        )
         _name_winner[(batch,)](
             *draw,
             temperature if top_p is None else top_p,

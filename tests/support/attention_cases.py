@@ -1,0 +1,113 @@
+"""Every attention kernel against its reference, on a GPU or in Triton's interpreter; outputs start as NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.decode_attention.kernel import decode_attention_triton
+from kernels.decode_attention.reference import decode_attention_reference
+from kernels.rms_norm.kernel import add_rms_norm_triton
+from kernels.rms_norm.reference import add_rms_norm_reference
+from kernels.rope_cache.kernel import rope_cache_triton
+from kernels.rope_cache.reference import rope_cache_reference
+from kernels.sample.kernel import sample_triton
+from kernels.sample.reference import sample_reference
+from tests.support.moe_cases import poisoned
+from tests.support.paged_caches import paged_cache
+
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal within the dtype's tolerance, NaN where and only where NaN is expected."""
+    tolerance = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, equal_nan=True)
+
+
+def check_rms_norm(device: str, dtype: torch.dtype, tokens: int, width: int, add: bool = True) -> None:
+    """Residual addition and norm of seeded rows."""
+    torch.manual_seed(tokens)
+    x, residual = torch.randn(2, tokens, width, dtype=dtype, device=device).unbind(0)
+    weight = torch.randn(width, dtype=dtype, device=device)
+    arguments = (x, residual if add else None, weight, 1e-5)
+    with poisoned():
+        found = add_rms_norm_triton(*arguments)
+    expected = add_rms_norm_reference(*arguments)
+    assert torch.equal(found[0], expected[0])
+    assert_near(found[1], expected[1])
+
+
+def check_rope_cache(
+    device: str,
+    dtype: torch.dtype,
+    tokens: int,
+    heads: tuple[int, int, int],
+    rotated: int,
+    norm: str | None = None,
+    interleaved: bool = False,
+) -> None:
+    """Queries and both caches, of ``heads`` = (H, G, d); every third token is padding, and pages start as NaN."""
+    torch.manual_seed(tokens)
+    num_heads, num_kv_heads, size = heads
+    qkv = torch.randn(tokens, (num_heads + 2 * num_kv_heads) * size, dtype=dtype, device=device)
+    positions = torch.randint(0, 50, (tokens,), dtype=torch.int32, device=device)
+    cos_sin = torch.randn(50, 2, rotated // 2, device=device)
+    slots = torch.randperm(4 * tokens, device=device)[:tokens]
+    slots[::3] = -1
+    shape = (max(tokens, 1), 4, num_kv_heads, size)
+    caches = [torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(4)]
+    options: dict[str, Any] = {"interleaved": interleaved}
+    if norm is not None:
+        widths = (size, size) if norm == "head" else (num_heads * size, num_kv_heads * size)
+        for name, width in zip(("q_norm", "k_norm"), widths, strict=True):
+            options[name] = torch.rand(width, device=device).to(dtype) + 0.5
+    with poisoned():
+        found = rope_cache_triton(qkv, positions, cos_sin, *caches[:2], slots, **options)
+    expected = rope_cache_reference(qkv, positions, cos_sin, *caches[2:], slots, **options)
+    assert_near(found, expected)
+    for written, wanted in zip(caches[:2], caches[2:], strict=True):
+        assert_near(written, wanted)
+
+
+def check_decode_attention(
+    device: str,
+    dtype: torch.dtype,
+    lengths: list[int],
+    heads: tuple[int, int, int],
+    page_size: int,
+    window: int | None = None,
+    sinks: bool = False,
+    extra_pages: int = 1,
+    **tuning: int,
+) -> None:
+    """Attention with ``heads`` = (H, G, d) over pages that are NaN where no token is; twice, to the same bits."""
+    torch.manual_seed(len(lengths))
+    num_heads, num_kv_heads, size = heads
+    longest = max([*lengths, 1])
+    dense = torch.randn(2, len(lengths), longest, num_kv_heads, size, dtype=dtype)
+    k_cache, v_cache, page_table = paged_cache((dense[0], dense[1]), lengths, page_size, extra_pages)
+    q = torch.randn(len(lengths), num_heads, size, dtype=dtype)
+    inputs = [x.to(device) for x in (q, k_cache, v_cache, page_table, torch.tensor(lengths, dtype=torch.int32))]
+    sink = torch.randn(num_heads, device=device) * 3 if sinks else None
+    with poisoned():
+        found = decode_attention_triton(*inputs, size**-0.5, window, sink, **tuning)
+        again = decode_attention_triton(*inputs, size**-0.5, window, sink, **tuning)
+    assert torch.equal(found, again)
+    assert_near(found, decode_attention_reference(*inputs, size**-0.5, window, sink))
+
+
+def check_sample(device: str, dtype: torch.dtype, batch: int, vocabulary: int, top_p: bool = True) -> None:
+    """The tokens of mixed settings; logits are coarse, so that many are equal."""
+    torch.manual_seed(batch)
+    logits = (torch.randn(batch, vocabulary, device=device) * 6).round().div(2).to(dtype)
+    temperature = torch.tensor([0.0, 0.3, 1.0, 2.5, 1e-30], device=device).repeat(batch)[:batch]
+    seeds = torch.randint(-(2**62), 2**62, (batch,), device=device)
+    positions = torch.arange(batch, dtype=torch.int32, device=device) * 77
+    nucleus = torch.tensor([0.9, 1.0, 0.2, 0.95, 1e-6, 0.6, 0.999], device=device).repeat(batch)[:batch]
+    arguments = (logits, temperature, seeds, positions, nucleus if top_p else None)
+    with poisoned():
+        found = sample_triton(*arguments)
+    assert found.dtype == torch.int64
+    assert found.tolist() == sample_reference(*arguments).tolist()
