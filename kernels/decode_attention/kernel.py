@@ -224,7 +224,7 @@ def decode_attention_triton(
     groups = (batch, num_kv_heads, splits, per_group)
     partial = torch.empty((*groups, head_size) if splits > 1 else (0,), dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty((2, *groups), dtype=torch.float32, device=q.device).unbind(0)
-    block_d = triton.next_power_of_2(head_size)
+    block_d = max(triton.next_power_of_2(head_size), MIN_ROWS)
     rows_sum = triton.next_power_of_2(per_group)
     if batch:
         _decode_attention[(num_kv_heads, splits, batch)](
