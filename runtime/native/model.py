@@ -139,6 +139,7 @@ class NativeModel:
         self.decoder.replace_routes = self._replayed
         if self._graphs is not None:
             self._graphs.clear()
+            self._pool = torch.cuda.graph_pool_handle()  # the old one goes with the last graph of it
 
     def capture(self, max_rows: int) -> None:
         """Capture the steps of up to so many sequences with short contexts before they are needed."""

@@ -74,6 +74,11 @@ class Rows:
             sampled=integers[3],
         )
 
+    def clear(self) -> None:
+        """Back to what `empty` makes; rows left over from ended sequences would write into pages that are others' now."""
+        for tensor in (self.tokens, self.positions, self.stored, self.page_table):
+            tensor.zero_()
+
     def fill(self, sequences: Sequence[RunningSequence]) -> None:
         """Lay sequences out, one per row; further rows repeat the first one without caching.
 

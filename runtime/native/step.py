@@ -64,6 +64,7 @@ class GraphedStep:
     """
 
     def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool, pool: Any) -> None:
+        rows.clear()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles kernels and sets up libraries, which cannot be done while capturing
