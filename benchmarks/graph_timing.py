@@ -48,6 +48,12 @@ def copy_bytes_per_us() -> float:
     return 2 * source.nbytes / time_us([lambda: target.copy_(source)])
 
 
+def read_bytes_per_us() -> float:
+    """Bytes read per µs by a sum over 2 GiB: what reads alone reach."""
+    source = torch.randn(2**29, device="cuda")
+    return source.nbytes / time_us([source.sum])
+
+
 def matmul_flops_per_us() -> float:
     """Floating-point operations per µs of a bf16 product of random 8192 × 8192 matrices."""
     size = 8192

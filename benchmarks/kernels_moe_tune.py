@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.graph_timing import copy_bytes_per_us, matmul_flops_per_us, time_us
+from benchmarks.graph_timing import matmul_flops_per_us, read_bytes_per_us, time_us
 from benchmarks.kernels_moe import LAYERS, SHAPES, STEPS, Experts, Shape, Step, floor_us
 from kernels.grouped_gemm.kernel import down_triton, gate_up_triton
 from kernels.grouped_gemm.tiles import Tiles
@@ -42,7 +42,8 @@ def candidates(rows: int, gated: bool, tokens: int) -> list[Tiles]:
         wide = 2 * columns  # rows of weights, either way
         if (rows + wide) * depth * 2 * stages <= SHARED_BYTES:
             for group in (8, 0) if tokens > 256 else (0,):
-                found.append(Tiles(rows, columns if gated else wide, depth, warps, stages, group))
+                for bulk in (False, True):
+                    found.append(Tiles(rows, columns if gated else wide, depth, warps, stages, group, bulk))
     return found
 
 
@@ -51,7 +52,7 @@ def call(experts: Experts, step: Step, layer: int, op: str, tiles: Tiles) -> tor
     if op == "gate_up":
         arguments = (step.permutation, experts.shape.top_k, experts.shape.activation, experts.first_bias, tiles)
         return gate_up_triton(step.x, experts.first[layer], *arguments)
-    return down_triton(step.hidden, experts.second[layer], step.permutation, experts.second_bias, tiles)
+    return down_triton(step.hidden, experts.second[layer], step.permutation, experts.second_bias, tiles=tiles)
 
 
 def compile_some(work: tuple[Shape, str, list[Tiles]]) -> None:
@@ -71,7 +72,7 @@ def compile_some(work: tuple[Shape, str, list[Tiles]]) -> None:
             if op == "gate_up":
                 gate_up_triton(x, weight, Permutation(order, indptr), shape.top_k, shape.activation, bias, tiles)
             else:
-                down_triton(hidden, weight, Permutation(order, indptr), bias, tiles)
+                down_triton(hidden, weight, Permutation(order, indptr), bias, tiles=tiles)
 
 
 def main() -> None:
@@ -79,26 +80,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--processes", type=int, default=14)
+    parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
     flags = parser.parse_args()
+    batches = tuple(int(size) for size in flags.batches.split(","))
     every = {
         (t, op): [c for rows in ROWS[t] for c in candidates(rows, op == "gate_up", t)]
-        for t in BATCHES
+        for t in batches
         for op in ("gate_up", "down")
     }
     work = []
     for shape in SHAPES:
         for op in ("gate_up", "down"):
-            unique = list({c[:5]: c for t in BATCHES for c in every[t, op]}.values())
+            unique = list({(*c[:5], c.bulk): c for t in batches for c in every[t, op]}.values())
             work += [(shape, op, unique[i::6]) for i in range(6)]
     with multiprocessing.get_context("spawn").Pool(flags.processes) as pool:
         pool.map(compile_some, work, chunksize=1)
     print("compiled", flush=True)
-    rates = copy_bytes_per_us(), matmul_flops_per_us()
-    print(torch.cuda.get_device_name(), f"copy {rates[0] / 1e6:.2f} TB/s, matmul {rates[1] / 1e6:.0f} TFLOP/s")
+    rates = read_bytes_per_us(), matmul_flops_per_us()
+    print(torch.cuda.get_device_name(), f"read {rates[0] / 1e6:.2f} TB/s, matmul {rates[1] / 1e6:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     for shape in SHAPES:
         experts = Experts(shape)
-        for tokens in BATCHES:
+        for tokens in batches:
             steps = [Step.make(experts, tokens, seed) for seed in range(STEPS)]
             active = sum(step.active() for step in steps) / STEPS
             for op in ("gate_up", "down"):

@@ -25,7 +25,7 @@ def gate_up(
 
     Args:
         x: the tokens, bfloat16, float16 or float32 ``[T, D]``.
-        weight: of the dtype of ``x`` ``[P, 2F, D]``, the gate's F rows before the up projection's.
+        weight: of the dtype of ``x``, contiguous ``[P, 2F, D]``, the gate's F rows before the up projection's.
         permutation: the pairs of each slot.
         top_k: choices per token K.
         activation: ``silu``: silu(gate) · up. ``gpt_oss``: with gate at most 7 and up within ±7,
@@ -44,15 +44,21 @@ def gate_up(
 
 
 def down(
-    hidden: torch.Tensor, weight: torch.Tensor, permutation: Permutation, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    permutation: Permutation,
+    bias: torch.Tensor | None = None,
+    after_gate_up: bool = False,
 ) -> torch.Tensor:
     """The second product, of every pair with the weights of its slot.
 
     Args:
         hidden: what `gate_up` gives ``[T·K, F]``.
-        weight: of the dtype of ``hidden`` ``[P, D, F]``.
+        weight: of the dtype of ``hidden``, contiguous ``[P, D, F]``.
         permutation: the pairs of each slot.
         bias: of the dtype of ``hidden`` ``[P, D]``, or None.
+        after_gate_up: the kernel right before this one on the stream is `gate_up` of the same permutation: on a GPU
+            the weights are then fetched while that ends.
 
     Returns:
         ``[T·K, D]`` of the dtype of ``hidden``, by pair; rows of pairs without a slot here are undefined.
@@ -60,5 +66,5 @@ def down(
     if hidden.is_cuda:
         from kernels.grouped_gemm.kernel import down_triton
 
-        return down_triton(hidden, weight, permutation, bias)
+        return down_triton(hidden, weight, permutation, bias, after_gate_up)
     return down_reference(hidden, weight, permutation, bias)

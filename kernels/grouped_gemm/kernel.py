@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.grouped_gemm.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, Activation
 from kernels.grouped_gemm.tiles import Tiles, choose_tiles, row_tiles
@@ -17,19 +18,32 @@ from kernels.permute import Permutation
 ALPHA = tl.constexpr(GPT_OSS_ALPHA)
 LIMIT, LEAST = tl.constexpr(GPT_OSS_LIMIT), tl.constexpr(-GPT_OSS_LIMIT)
 
+LINE_BYTES = 128
+MOST_PREFETCHED = 1024  # elements of each row of weights: more would push others out of L2
+
 
 @triton.jit
 def find_tile(indptr, tile, num_slots, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
     """Slot, first pair and end of a row tile; the slot is at least ``num_slots`` where there is no such tile."""
     slots = tl.arange(0, BLOCK_P)
-    start_P = tl.load(indptr + slots, mask=slots < num_slots, other=0)
-    end_P = tl.load(indptr + slots + 1, mask=slots < num_slots, other=0)
+    start_P = tl.load(indptr + slots, mask=slots < num_slots, other=0, cache_modifier=".cg")
+    end_P = tl.load(indptr + slots + 1, mask=slots < num_slots, other=0, cache_modifier=".cg")
     tiles_P = (end_P - start_P + ROWS - 1) // ROWS
     upto_P = tl.cumsum(tiles_P, 0)
     slot = tl.sum((upto_P <= tile).to(tl.int32), 0)
     mine_P = slots == slot
     first = tl.sum(tl.where(mine_P, start_P + (tile - upto_P + tiles_P) * ROWS, 0), 0)
     return slot, first, tl.sum(tl.where(mine_P, end_P, 0), 0)
+
+
+@triton.jit
+def prefetch(first_N, num_depth, LINE: tl.constexpr, DEPTH: tl.constexpr):
+    """Ask L2 for the first elements of rows of weights, line by line of 128 bytes."""
+    lines = tl.minimum(tl.arange(0, DEPTH // LINE) * LINE, num_depth - 1)
+    addresses = (first_N[:, None] + lines[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit(do_not_specialize=["num_slots", "group"])
@@ -44,18 +58,19 @@ def product_kernel(
     num_columns,
     num_depth,
     group,
-    slot_stride,
     TOP_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
+    BULK: tl.constexpr,
     BLOCK_P: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PREFETCH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One tile of ``x[pair // TOP_K] @ weight[slot].T``, and of the up projection below it where there is one."""
-    if OVERLAP:
+    if OVERLAP and PREFETCH == 0:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     blocks = tl.cdiv(num_columns, COLUMNS)
@@ -63,6 +78,13 @@ def product_kernel(
     tile = tl.program_id(0) // (group * blocks) * group + inside_group % group
     column = inside_group // group * COLUMNS
     slot, first, end = find_tile(indptr, tile, num_slots, BLOCK_P, ROWS)
+    if OVERLAP and PREFETCH > 0:
+        if slot < num_slots:
+            reads_N = tl.minimum(column + tl.arange(0, COLUMNS), num_columns - 1).to(tl.int64)
+            first_N = weight + (slot.to(tl.int64) * num_columns + reads_N) * num_depth
+            prefetch(first_N, num_depth, 1024 // weight.dtype.element_ty.primitive_bitwidth, PREFETCH)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if slot < num_slots:
         rows = first + tl.arange(0, ROWS)
         pairs_M = tl.load(order + rows, mask=rows < end, other=0)  # rows behind the end compute pair 0, for nobody
@@ -70,28 +92,30 @@ def product_kernel(
         read_N = tl.minimum(columns_N, num_columns - 1)  # columns behind the end repeat the last, for nobody
         depth = tl.arange(0, DEPTH)
         x_MD = x + (pairs_M // TOP_K).to(tl.int64)[:, None] * num_depth + depth[None, :]
-        gate_DN = weight + slot.to(tl.int64) * slot_stride + read_N.to(tl.int64)[None, :] * num_depth + depth[:, None]
-        up_DN = gate_DN + num_columns.to(tl.int64) * num_depth
+        row = slot * num_columns * (1 if ACTIVATION == "none" else 2) + column  # of all slots' weights
+        if not BULK:
+            start_of_slot = weight + slot.to(tl.int64) * num_columns * num_depth * (1 if ACTIVATION == "none" else 2)
+            gate_DN = start_of_slot + read_N.to(tl.int64)[None, :] * num_depth + depth[:, None]
+            up_DN = gate_DN + num_columns.to(tl.int64) * num_depth
         sum_MN = tl.zeros([ROWS, COLUMNS], tl.float32)
         up_MN = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, num_depth, DEPTH):
-            if EVEN:
-                values_MD = tl.load(x_MD)
-                weights_DN = tl.load(gate_DN)
+            left = depth < num_depth - start
+            values_MD = tl.load(x_MD) if EVEN else tl.load(x_MD, mask=left[None, :], other=0.0)
+            if BULK:
+                weights_DN = weight.load([row, start]).T  # rows behind the end belong to nobody, depth is filled up
             else:
-                left = depth < num_depth - start
-                values_MD = tl.load(x_MD, mask=left[None, :], other=0.0)
-                weights_DN = tl.load(gate_DN, mask=left[:, None], other=0.0)
+                weights_DN = tl.load(gate_DN) if EVEN else tl.load(gate_DN, mask=left[:, None], other=0.0)
+                gate_DN += DEPTH
             sum_MN = tl.dot(values_MD, weights_DN, sum_MN, input_precision="ieee")
             if ACTIVATION != "none":
-                if EVEN:
-                    weights_DN = tl.load(up_DN)
+                if BULK:
+                    weights_DN = weight.load([row + num_columns, start]).T
                 else:
-                    weights_DN = tl.load(up_DN, mask=(depth < num_depth - start)[:, None], other=0.0)
+                    weights_DN = tl.load(up_DN) if EVEN else tl.load(up_DN, mask=left[:, None], other=0.0)
+                    up_DN += DEPTH
                 up_MN = tl.dot(values_MD, weights_DN, up_MN, input_precision="ieee")
             x_MD += DEPTH
-            gate_DN += DEPTH
-            up_DN += DEPTH
         if bias is not None:
             biases = bias + slot.to(tl.int64) * (num_columns if ACTIVATION == "none" else 2 * num_columns) + read_N
             sum_MN += tl.load(biases).to(tl.float32)[None, :]
@@ -108,6 +132,11 @@ def product_kernel(
         tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=stored_MN)
 
 
+def _described(weight: torch.Tensor, tiles: Tiles) -> TensorDescriptor:
+    """All slots' weights as one matrix, for the bulk copy engine."""
+    return TensorDescriptor.from_tensor(weight.flatten(0, 1), [tiles.columns, tiles.depth])
+
+
 def _product(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -115,21 +144,23 @@ def _product(
     permutation: Permutation,
     top_k: int,
     activation: str,
-    tiles: Tiles | None,
+    tiles: Tiles,
+    prefetched: int = 0,
 ) -> torch.Tensor:
-    """One of the two products, by pair."""
+    """One of the two products, by pair, with so many elements of each row of weights fetched ahead."""
     num_pairs, num_slots = len(permutation.order), weight.shape[0]
     columns, depth = weight.shape[1] // (1 if activation == "none" else 2), weight.shape[2]
     out = torch.empty((num_pairs, columns), dtype=x.dtype, device=x.device)
     if num_pairs == 0:
         return out
-    tiles = tiles or choose_tiles(num_pairs, num_slots, columns, depth, activation != "none", x.element_size())
+    if depth * x.element_size() % 16:
+        tiles = tiles._replace(bulk=False)  # the copy engine takes rows of whole 16 bytes
     most = row_tiles(num_pairs, num_slots, tiles.rows)
     group = min(tiles.group, most) or most
     grid = triton.cdiv(most, group) * group * triton.cdiv(columns, tiles.columns)
     product_kernel[(grid,)](
         x.contiguous(),
-        weight,
+        _described(weight, tiles) if tiles.bulk else weight,
         bias,
         out,
         *permutation,
@@ -137,14 +168,15 @@ def _product(
         columns,
         depth,
         group,
-        weight.stride(0),
         TOP_K=top_k,
         ACTIVATION=activation,
         EVEN=depth % tiles.depth == 0,
+        BULK=tiles.bulk,
         BLOCK_P=power_of_two(num_slots),
         ROWS=tiles.rows,
         COLUMNS=tiles.columns,
         DEPTH=tiles.depth,
+        PREFETCH=prefetched,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         **overlap(x),
@@ -162,6 +194,7 @@ def gate_up_triton(
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """What `gate_up` computes; the same arguments and results, and tiles to try."""
+    tiles = tiles or choose_tiles(len(permutation.order), len(weight), weight.shape[1] // 2, True, x.element_size())
     return _product(x, weight, bias, permutation, top_k, activation, tiles)
 
 
@@ -170,7 +203,16 @@ def down_triton(
     weight: torch.Tensor,
     permutation: Permutation,
     bias: torch.Tensor | None = None,
+    after_gate_up: bool = False,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """What `down` computes; the same arguments and results, and tiles to try."""
-    return _product(hidden, weight, bias, permutation, 1, "none", tiles)
+    """What `down` computes; the same arguments and results, and tiles to try.
+
+    Right after `gate_up`, programs that start before it has ended may read the permutation, since none of its programs
+    lets others start before it was complete, and fetch weights, which no kernel writes.
+    """
+    tiles = tiles or choose_tiles(len(hidden), len(weight), weight.shape[1], False, hidden.element_size())
+    ahead = 0
+    if after_gate_up and tiles.rows <= 32:
+        ahead = min(max(power_of_two(weight.shape[2]), LINE_BYTES), MOST_PREFETCHED)
+    return _product(hidden, weight, bias, permutation, 1, "none", tiles, ahead)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+FEW_PROGRAMS = 2 * 132  # two for each of Hopper's multiprocessors
+
 
 class Tiles(NamedTuple):
     """One program's share of a product, and how it is compiled.
@@ -15,6 +17,7 @@ class Tiles(NamedTuple):
         warps: of one program.
         stages: loads in flight.
         group: row tiles that are computed column block by column block before the next; 0 for all.
+        bulk: load the weights by the bulk copy engine.
     """
 
     rows: int
@@ -23,6 +26,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     group: int = 0
+    bulk: bool = False
 
 
 def row_tiles(num_pairs: int, num_slots: int, rows: int) -> int:
@@ -31,24 +35,45 @@ def row_tiles(num_pairs: int, num_slots: int, rows: int) -> int:
     return active + (num_pairs - active) // rows
 
 
-def choose_tiles(num_pairs: int, num_slots: int, columns: int, depth: int, gated: bool, item_bytes: int) -> Tiles:
-    """Tiles of one product.
+def choose_tiles(num_pairs: int, num_slots: int, columns: int, gated: bool, item_bytes: int) -> Tiles:
+    """Tiles of one product, as they were fastest on an H100 (`benchmarks/kernels_moe_tune.py`).
+
+    A slot's rows beyond one row tile re-read its weights, out of L2 while other tiles of the slot run: up to 16 rows
+    per slot on average this is cheaper than wider tiles that are mostly empty.
 
     Args:
         num_pairs: T·K.
         num_slots: P; the routes are expected to fall on them evenly.
         columns: of the output; the gate's alone where gated.
-        depth: of the reduction.
         gated: whether each column has a second row of weights.
         item_bytes: of one element.
     """
     if item_bytes == 4:  # for tests alone
         return Tiles(rows=16, columns=32, depth=32, warps=4, stages=2)
+    return _gated(num_pairs, num_slots, columns) if gated else _plain(num_pairs, num_slots, columns)
+
+
+def _gated(num_pairs: int, num_slots: int, columns: int) -> Tiles:
     rows_per_slot = num_pairs / num_slots
-    if rows_per_slot <= 10:
-        return Tiles(rows=16, columns=16 if gated else 32, depth=128, warps=4, stages=4)
-    if rows_per_slot <= 24:
-        return Tiles(rows=32, columns=32 if gated else 64, depth=128, warps=4, stages=4)
+    if rows_per_slot <= 16:
+        if min(num_pairs, num_slots) * columns <= 64 * FEW_PROGRAMS:
+            return Tiles(rows=16, columns=64, depth=128, warps=4, stages=3)
+        return Tiles(rows=16, columns=32, depth=128, warps=4, stages=5)
+    if rows_per_slot <= 32:
+        return Tiles(rows=32, columns=64, depth=128, warps=4, stages=3)
     if rows_per_slot <= 80:
-        return Tiles(rows=64, columns=64, depth=64, warps=4, stages=4)
-    return Tiles(rows=128, columns=128, depth=64, warps=8, stages=3, group=8)
+        return Tiles(rows=64, columns=128, depth=64, warps=8, stages=4)
+    return Tiles(rows=128, columns=128, depth=64, warps=8, stages=4, group=8, bulk=True)
+
+
+def _plain(num_pairs: int, num_slots: int, columns: int) -> Tiles:
+    rows_per_slot = num_pairs / num_slots
+    if rows_per_slot <= 12:
+        if min(num_pairs, num_slots) * columns <= 128 * FEW_PROGRAMS:
+            return Tiles(rows=16, columns=64, depth=128, warps=4, stages=5)  # fit beside the gated product's
+        return Tiles(rows=16, columns=64, depth=256, warps=4, stages=3)
+    if rows_per_slot <= 24:
+        return Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)
+    if rows_per_slot <= 80:
+        return Tiles(rows=64, columns=256, depth=64, warps=8, stages=4)
+    return Tiles(rows=128, columns=256, depth=64, warps=8, stages=4, group=8, bulk=True)

@@ -84,9 +84,12 @@ def choose(
     ids_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     weights_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for choice in tl.static_range(TOP_K):
-        _, best = tl.max(choice_TE, 1, return_indices=True, return_indices_tie_break_left=True)
+        weight, best = tl.max(choice_TE, 1, return_indices=True, return_indices_tie_break_left=True)
         chosen_TE = experts[None, :] == best[:, None]
-        weight = tl.sum(tl.where(chosen_TE, scores_TE, 0.0), 1)
+        if bias is None:
+            weight = tl.where(weight == NAN, float("nan"), weight)
+        else:
+            weight = tl.sum(tl.where(chosen_TE, scores_TE, 0.0), 1)
         choice_TE = tl.where(chosen_TE, -float("inf"), choice_TE)
         ids_TK = tl.where((choices == choice)[None, :], best[:, None], ids_TK)
         weights_TK = tl.where((choices == choice)[None, :], weight[:, None], weights_TK)

@@ -15,7 +15,7 @@ from kernels.route.reference import Scoring
 
 __all__ = ["route_permute"]
 
-MOST_PAIRS = 256  # whose ranks one program finds by comparing all with all
+MOST_COMPARISONS = 4096  # of pairs with pairs and with slots, by one program; with more, two launches are faster
 
 
 def route_permute(logits: torch.Tensor, num_slots: int, *, top_k: int, **scoring: Any) -> tuple[Routes, Permutation]:
@@ -33,7 +33,8 @@ def route_permute(logits: torch.Tensor, num_slots: int, *, top_k: int, **scoring
     Raises:
         OperatorError: as in `route`.
     """
-    if logits.is_cuda and 0 < logits.shape[0] * top_k <= MOST_PAIRS:
+    pairs = logits.shape[0] * top_k
+    if logits.is_cuda and 0 < pairs * max(pairs, num_slots) <= MOST_COMPARISONS:
         from kernels.route_permute.kernel import route_permute_triton
 
         slot_of_expert = scoring.pop("slot_of_expert", None)

@@ -85,7 +85,7 @@ def route_permute_kernel(
 def route_permute_triton(
     logits: torch.Tensor, num_slots: int, scoring: Scoring, slot_of_expert: torch.Tensor | None = None
 ) -> tuple[Routes, Permutation]:
-    """What `route_permute` computes for a step with at least one token and at most `MOST_PAIRS` pairs."""
+    """What `route_permute` computes for a step with at least one token and few pairs."""
     tokens, experts = logits.shape
     routes = empty_routes(logits, scoring.top_k)
     permutation = empty_permutation(tokens * scoring.top_k, num_slots, logits.device)
@@ -103,7 +103,7 @@ def route_permute_triton(
         **scoring_constants(scoring, experts),
         BLOCK_T=power_of_two(tokens),
         BLOCK_P=power_of_two(num_slots + 1),
-        num_warps=4 if tokens * scoring.top_k <= 64 else 8,
+        num_warps=min(power_of_two(tokens), 8),  # a reduction over experts then stays within a warp
         **overlap(logits),
     )
     return routes, permutation

@@ -47,6 +47,7 @@ def test_products_in_interpreter() -> None:
         check_products("cpu", torch.float32, "hot", (21, 2, 4, 72, 40), tiles=tiles)
         check_products("cpu", torch.float32, "foreign", (5, 2, 4, 64, 40), "gpt_oss", tiles)
         check_products("cpu", torch.float16, "random", (3, 3, 6, 64, 64), tiles=tiles)
+        check_products("cpu", torch.float32, "foreign", (5, 2, 4, 72, 40), "gpt_oss", tiles._replace(bulk=True))
         check_products("cpu", torch.float16, "random", (0, 2, 4, 64, 40), tiles=tiles)
         """
     )
@@ -104,13 +105,15 @@ def test_products_compile_for_hopper() -> None:
         from kernels.grouped_gemm.tiles import choose_tiles
         from tests.support.triton_compile import compile_for_sm90
 
-        def build(dtype, item_bytes, num_pairs, activation, bias):
-            tiles = choose_tiles(num_pairs, 32, 2880, 2880, activation != "none", item_bytes)
+        def build(dtype, item_bytes, num_pairs, activation, bias, prefetched=0):
+            tiles = choose_tiles(num_pairs, 32, 2880, activation != "none", item_bytes)
             constants = {"TOP_K": 4, "ACTIVATION": activation, "EVEN": 2880 % tiles.depth == 0, "BLOCK_P": 32}
+            constants |= {"BULK": tiles.bulk, "PREFETCH": prefetched}
             constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "OVERLAP": True}
             signature = dict.fromkeys(("x", "weight", "bias", "out"), dtype) | {"order": "*i32", "indptr": "*i32"}
             signature |= dict.fromkeys(("num_slots", "num_columns", "num_depth", "group"), "i32")
-            signature["slot_stride"] = "i64"
+            if tiles.bulk:
+                signature["weight"] = f"tensordesc<bf16[{tiles.columns}, {tiles.depth}]>"
             if not bias:
                 constants["bias"] = None
                 del signature["bias"]
@@ -118,10 +121,12 @@ def test_products_compile_for_hopper() -> None:
             built = compile_for_sm90(product_kernel, signature, constants, **options)
             assert built.metadata.shared <= 227 * 1024
             assert dtype == "*fp32" or "mma" in built.asm["ptx"]
+            assert ("prefetch.global.L2" in built.asm["ptx"]) == (prefetched > 0)
 
         build("*bf16", 2, 4, "gpt_oss", True)
-        build("*bf16", 2, 4096, "none", False)
-        build("*fp16", 2, 8192, "silu", False)
+        build("*bf16", 2, 16, "none", True, prefetched=1024)
+        build("*bf16", 2, 8192, "none", False)
+        build("*fp16", 2, 2048, "silu", False)
         build("*fp32", 4, 64, "silu", False)
         """
     )
@@ -149,7 +154,13 @@ def test_permutation_on_gpu(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["random", "hot", "foreign"])
 @pytest.mark.parametrize("activation", ["silu", "gpt_oss"])
 def test_products_on_gpu(dtype: torch.dtype, kind: str, activation: str) -> None:
-    for sizes in ((0, 2, 4, 64, 40), (1, 8, 32, 256, 96), (45, 2, 8, 200, 328), (300, 4, 8, 256, 384)):
+    for sizes in (
+        (0, 2, 4, 64, 40),
+        (1, 8, 32, 256, 96),
+        (45, 2, 8, 200, 328),
+        (300, 4, 8, 256, 384),
+        (600, 4, 8, 100, 20),
+    ):
         moe_cases.check_products("cuda", dtype, kind, sizes, activation)
 
 

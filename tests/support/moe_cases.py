@@ -159,9 +159,10 @@ def check_products(
     with poisoned():
         hidden = gate_up_triton(x, first, permutation, top_k, activation, biases[0], tiles)
         assert_close(hidden, expected, TOLERANCE[dtype])
-        out = down_triton(expected, second, permutation, biases[1], tiles)
-        again = down_triton(expected, second, permutation, biases[1], tiles)
-    assert_close(out, down_reference(expected, second, permutation, biases[1]), TOLERANCE[dtype])
+        hidden = gate_up_triton(x, first, permutation, top_k, activation, biases[0], tiles)
+        out = down_triton(hidden, second, permutation, biases[1], True, tiles)
+        again = down_triton(hidden, second, permutation, biases[1], False, tiles)
+    assert_close(out, down_reference(hidden, second, permutation, biases[1]), TOLERANCE[dtype])
     assert torch.equal(out.nan_to_num(), again.nan_to_num())
 
 
