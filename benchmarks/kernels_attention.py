@@ -3,15 +3,17 @@
     python -m benchmarks.kernels_attention -o benchmarks/results/kernels_attention.json
 
 Every time is taken in a CUDA graph that goes through several layers' caches, so that L2 cannot hold them; a graph also
-spares the other engines the launches that they pay for in an eager step. Engines of `decode_attention`:
-`transformers` is what Transformers calls by default on the dense tensors of its cache (SDPA, or gpt-oss's own function),
-`transformers_update` the same with the growth of its dynamic cache by one token, `sdpa_flash` PyTorch's flash kernel
-with the query heads of a group as rows of one head, `flex` compiled `flex_attention`. Bytes count keys and values once.
+spares the other engines the launches that they pay for in an eager step. Engines of `decode_attention`: `transformers`
+is what Transformers runs by default in a decode step, its dynamic cache growing by one token included (the window's
+cache apart); `transformers_attention` the attention function of that alone (SDPA, or gpt-oss's own); `sdpa_flash`
+PyTorch's flash kernel with the query heads of a group as rows of one head; `flex` compiled `flex_attention`. Bytes
+count keys and values once. DeepSeek-V2-Lite is `mla_attention` against Transformers' expanded keys and values.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.graph_timing import copy_bytes_per_us, time_us
 from kernels.decode_attention import decode_attention
+from kernels.mla_attention import mla_attention
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference
-from kernels.rope_cache import rope_cache, rope_cache_reference
+from kernels.rope_cache import rope_cache
 from kernels.sample import sample, sample_reference
 from placement import provenance
 
@@ -72,10 +75,10 @@ def native_calls(shape: Shape, batch: int, context: int, sets: int) -> Calls:
     calls: Calls = []
     for _ in range(sets):
         q = draw(batch, shape.num_heads, shape.head_size)
-        caches = draw(2, batch * columns, PAGE, shape.num_kv_heads, shape.head_size).unbind(0)
+        keys, values = draw(2, batch * columns, PAGE, shape.num_kv_heads, shape.head_size)
         table = torch.randperm(batch * columns, device="cuda").int().view(batch, columns)
         scale = shape.head_size**-0.5
-        calls.append(lambda a=(q, *caches, table, lengths, scale, shape.window, sinks): decode_attention(*a))
+        calls.append(functools.partial(decode_attention, q, keys, values, table, lengths, scale, shape.window, sinks))
     return calls
 
 
@@ -107,17 +110,17 @@ def library_calls(shape: Shape, batch: int, context: int, sets: int, with_flex: 
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(rows, keys, values, scale=scale)
 
-    yield "transformers", [lambda a=a: forward(module, *a, None, scaling=scale) for a in inputs]
+    yield "transformers_attention", [functools.partial(forward, module, *a, None, scaling=scale) for a in inputs]
     if shape.window is None:
-        yield "transformers_update", [lambda a=a: grown(*a) for a in inputs]
+        yield "transformers", [functools.partial(grown, *a) for a in inputs]
     if not shape.sinks:
-        yield "sdpa_flash", [lambda a=a: flash(*a) for a in inputs]
+        yield "sdpa_flash", [functools.partial(flash, *a) for a in inputs]
         if with_flex:
             from torch.nn.attention.flex_attention import flex_attention
 
             torch.compiler.reset()
             flex = torch.compile(flex_attention, dynamic=False)
-            yield "flex", [lambda a=a: flex(*a, scale=scale, enable_gqa=True) for a in inputs]
+            yield "flex", [functools.partial(cast(Any, flex), *a, scale=scale, enable_gqa=True) for a in inputs]
 
 
 def attention_rows(shape: Shape, batch: int, context: int, rate: float, with_flex: bool) -> list[dict[str, Any]]:
@@ -140,27 +143,48 @@ def attention_rows(shape: Shape, batch: int, context: int, rate: float, with_fle
     ]
 
 
+def latent_rows(batch: int, context: int, rate: float) -> list[dict[str, Any]]:
+    """DeepSeek-V2-Lite: 16 heads, latent vectors of 512, rotated keys of 64; expanded keys of 192, values of 128."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    columns, num_bytes = -(-context // PAGE), 2 * batch * context * 576
+    sets = max(1, min(MOST_SETS, int(SETS_BYTES / num_bytes) + 1))
+    lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    native, expanded = [], []
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=False)
+    for _ in range(sets):
+        table = torch.randperm(batch * columns, device="cuda").int().view(batch, columns)
+        cache, q = draw(batch * columns, PAGE, 576), draw(batch, 16, 576)
+        native.append(functools.partial(mla_attention, q[..., :512], q[..., 512:], cache, table, lengths, 0.1))
+        wide = draw(2, batch, 16, context, 192).unbind(0)
+        arguments = (module, draw(batch, 16, 1, 192), wide[0], wide[1][..., :128].contiguous(), None)
+        expanded.append(functools.partial(cast(Any, sdpa_attention_forward), *arguments, scaling=0.1))
+    times = {"expertplan": time_us(native), "transformers_attention": time_us(expanded)}
+    common = {"op": "mla_attention", "shape": "DeepSeek-V2-Lite", "gpus": 1, "batch": batch, "context": context}
+    common |= {"dtype": "bfloat16", "repeats": sets, "kv_bytes": num_bytes}
+    share = num_bytes / times["expertplan"] / rate
+    print("DeepSeek-V2-Lite", batch, context, f"{share:.0%}", *(f"{k} {v:.1f}us" for k, v in times.items()), flush=True)
+    return [{"engine": engine, **common, "time_us": took} for engine, took in times.items()]
+
+
 def small_calls(batch: int) -> Iterator[tuple[str, str, int, Calls]]:
     """Op, engine, fewest bytes and calls of the small kernels, in Qwen3-30B-A3B's shape."""
     x, residual, weight = draw(batch, 2048), draw(batch, 2048), draw(2048)
-    ops: dict[str, Callable[..., object]] = {"expertplan": add_rms_norm, "torch": add_rms_norm_reference}
-    for engine, op in ops.items():
-        yield "rms_norm", engine, 4 * x.nbytes, [lambda f=op: f(x, residual, weight, 1e-6)] * 16
-    qkv, caches, norm = draw(batch, 40 * 128), draw(2, batch, PAGE, 4, 128).unbind(0), draw(128)
+    norms: dict[str, Callable[..., object]] = {"expertplan": add_rms_norm, "torch": add_rms_norm_reference}
+    for engine, op in norms.items():
+        yield "rms_norm", engine, 4 * x.nbytes, [functools.partial(op, x, residual, weight, 1e-6)] * 16
+    qkv, (keys, values), norm = draw(batch, 40 * 128), draw(2, batch, PAGE, 4, 128), draw(128)
     positions = torch.arange(batch, device="cuda", dtype=torch.int32)
     cos_sin, slots = torch.randn(4096, 2, 64, device="cuda"), torch.arange(batch, device="cuda") * PAGE
-    arguments = (qkv, positions, cos_sin, *caches, slots)
-    ops = {"expertplan": rope_cache, "torch": rope_cache_reference}
-    for engine, op in ops.items():
-        if engine == "expertplan":  # the reference's choice of rows cannot be captured
-            yield "rope_cache", engine, 2 * qkv.nbytes, [lambda f=op: f(*arguments, q_norm=norm, k_norm=norm)] * 16
+    rope = functools.partial(rope_cache, qkv, positions, cos_sin, keys, values, slots, q_norm=norm, k_norm=norm)
+    yield "rope_cache", "expertplan", 2 * qkv.nbytes, [rope] * 16  # the reference cannot be captured
     logits, ones = draw(batch, 151_936), torch.ones(batch, device="cuda")
     seeds = torch.arange(batch, device="cuda")
+    draws: dict[str, Callable[..., object]] = {"expertplan": sample, "torch": sample_reference}
     for name, heat, mass in (("greedy", 0.0, None), ("temperature", 1.0, None), ("top_p 0.9", 1.0, ones * 0.9)):
-        settings = (logits * 2, ones * heat, seeds, seeds, mass)
-        ops = {"expertplan": sample, "torch": sample_reference}
-        for engine, op in ops.items():
-            yield f"sample, {name}", engine, logits.nbytes, [lambda f=op, a=settings: f(*a)] * 2
+        for engine, op in draws.items():
+            call = functools.partial(op, logits * 2, ones * heat, seeds, seeds, mass)
+            yield f"sample, {name}", engine, logits.nbytes, [call] * 2
 
 
 def main() -> None:
@@ -184,9 +208,15 @@ def main() -> None:
             row |= {"dtype": "bfloat16", "repeats": len(calls), "time_us": time_us(calls), "bytes": num_bytes}
             print(op, engine, batch, f"{row['time_us']:.2f}us", flush=True)
             rows.append(row)
+    contexts = tuple(map(int, flags.contexts.split(",")))
+    batches = tuple(map(int, flags.batches.split(",")))
+    for context in contexts:
+        for batch in batches:
+            if batch * context <= 2**19:  # the expanded keys and values of more do not fit beside the rest
+                rows += latent_rows(batch, context, rate)
     for shape in SHAPES:
-        for context in map(int, flags.contexts.split(",")):
-            for batch in map(int, flags.batches.split(",")):
+        for context in contexts:
+            for batch in batches:
                 with_flex = flags.flex and shape is SHAPES[0] and context == 8192 and batch in (1, 16)
                 rows += attention_rows(shape, batch, context, rate, with_flex)
                 Path(flags.output).write_text(json.dumps(described | {"rows": rows}, indent=1) + "\n")

@@ -109,7 +109,10 @@ def main() -> None:
     copy_bytes_per_s = measure_copy(run.group.device)
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        row: dict[str, Any] = {"kind": "decode", "device": torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU"}
+        row: dict[str, Any] = {
+            "kind": "decode",
+            "device": torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU",
+        }
         row |= time_batch(run, benchmark, batch, source, copy_bytes_per_s)
         rows.append(row)
         figures = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from kernels.decode_attention.checks import check
 from kernels.decode_attention.reference import decode_attention_reference
 
 __all__ = ["decode_attention", "decode_attention_reference"]
@@ -29,7 +30,7 @@ def decode_attention(
 
     Args:
         q: queries ``[B, H, d]``, bfloat16, float16 or float32.
-        k_cache: paged keys ``[pages, page_size, G, d]``, of the dtype of ``q``; ``page_size`` a power of two.
+        k_cache: paged keys ``[pages, page_size, G, d]``, of the dtype of ``q``.
         v_cache: paged values, like ``k_cache``.
         page_table: the page of every ``page_size`` tokens of a sequence, int32 ``[B, max_pages]``; entries beyond a
             sequence's length are not read.
@@ -41,7 +42,11 @@ def decode_attention(
 
     Returns:
         ``[B, H, d]``, of the dtype of ``q``; zeros where the length is 0.
+
+    Raises:
+        OperatorError: the shapes or dtypes of queries and caches don't fit, or the window is below 1.
     """
+    check(q, k_cache, v_cache, window)
     if q.is_cuda:
         from kernels.decode_attention.kernel import decode_attention_triton
 

@@ -1,8 +1,7 @@
 """Triton kernel of decode attention: split over the context, one program per sequence, key/value head and split.
 
-All query heads of one key/value head share a program, so that every key and value is read once. The program that ends
-last of a sequence and key/value head adds the splits up, always in the order of the context; so the result does not
-depend on which one that is.
+All query heads of one key/value head share a program, so that every key and value is read once. Where there is more
+than one split, a second kernel adds them up: one program per sequence and query head, every split in one load.
 
 Shape legend: B sequences, H query heads, G key/value heads, R = H / G query heads per key/value head, d head size,
 S splits.
@@ -14,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.decode_attention.splits import MAX_SPLITS, arrival_counters, choose_splits
+from kernels.decode_attention.splits import MAX_SPLITS, Tiles, choose_splits, choose_tiles
 from kernels.launch import overlap
 
 LOG2_E = 1.4426950408889634
@@ -22,64 +21,69 @@ MIN_ROWS = 16  # of a tile that the matrix units take
 
 
 @triton.jit
-def _finish(peak, total, values, sinks, head, LOG2_E: tl.constexpr, SINKS: tl.constexpr):
-    """Divide summed values by the softmax's denominator, the sink's share included."""
-    if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
-        peak_with_sink = tl.maximum(peak, sink)
-        shrink = tl.exp2(peak - peak_with_sink)
-        total = total * shrink + tl.exp2(sink - peak_with_sink)
-        values = values * shrink[:, None]
-    return values / total[:, None]
+def split_range(length, oldest, split, splits, BLOCK: tl.constexpr):
+    """The blocks of a split: every split of a sequence takes equally many, the last one what is left.
+
+    Returns:
+        First block, end, and how many splits have any.
+    """
+    first_block = oldest // BLOCK
+    num_blocks = tl.cdiv(length, BLOCK) - first_block
+    blocks_per_split = tl.maximum(tl.cdiv(num_blocks, splits), 1)
+    start = first_block + split * blocks_per_split
+    end = tl.minimum(start + blocks_per_split, first_block + num_blocks)
+    return start, end, tl.cdiv(num_blocks, blocks_per_split)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def add_splits(
     partial,
     peaks,
     totals,
-    first,
-    active,
-    R: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    lengths,
+    sinks,
+    out,
+    splits,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LOG2_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Add the first ``active`` splits' values, each scaled to the greatest peak, in the order of the splits.
+    """Add up the splits of one query head, each scaled to the greatest peak, and divide by the softmax's denominator.
 
-    Args:
-        partial: float32 ``[…, S, R, WIDTH]`` of one sequence and head group, from ``first`` splits on.
-        peaks: greatest score of each split in powers of two, float32 ``[…, S, R]``.
-        totals: sum of each split's powers over that peak, float32 ``[…, S, R]``.
-
-    Returns:
-        Peak ``[ROWS]``, total ``[ROWS]`` and summed values ``[ROWS, BLOCK]``.
+    ``partial`` is float32 ``[B, S, H, d]``, ``peaks`` (greatest score of each split, in powers of two) and ``totals``
+    (sum of its powers over that peak) are float32 ``[B, S, H]``.
     """
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    every = tl.arange(0, SPLITS)[:, None]
-    index = (first + every) * R + row[None, :]
-    there = (every < active) & (row < R)[None, :]
-    all_peaks = tl.load(peaks + index, mask=there, other=-float("inf"), cache_modifier=".cg")
-    peak = tl.where(row < R, tl.max(all_peaks, axis=0), 0.0)
-    all_totals = tl.load(totals + index, mask=there, other=0.0, cache_modifier=".cg")
-    total = tl.sum(all_totals * tl.exp2(all_peaks - peak[None, :]), axis=0)
-    values = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, active, CHUNK):
-        split = start + tl.arange(0, CHUNK)[:, None]
-        place = (first + split) * R + row[None, :]
-        kept = (split < active) & (row < R)[None, :]
-        weight = tl.exp2(tl.load(peaks + place, mask=kept, other=-float("inf"), cache_modifier=".cg") - peak[None, :])
-        tile = tl.load(
-            partial + place[:, :, None] * WIDTH + column[None, None, :],
-            mask=kept[:, :, None] & (column < WIDTH)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        values += tl.sum(tile * weight[:, :, None], axis=0)
-    return peak, total, values
+    head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    length = tl.load(lengths + sequence)
+    oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
+    _, _, active = split_range(length, oldest, 0, splits, BLOCK)
+    index = (sequence * splits + split) * H + head
+    there = split < active
+    peak_of = tl.load(peaks + index, mask=there, other=-float("inf"))
+    total_of = tl.load(totals + index, mask=there, other=0.0)
+    inside = there[:, None] & (column < D)[None, :]
+    tile = tl.load(partial + index[:, None] * D + column[None, :], mask=inside, other=0.0)
+    peak = tl.max(peak_of, axis=0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        peak = tl.maximum(peak, sink)
+    weight = tl.exp2(peak_of - peak)
+    total = tl.sum(total_of * weight, axis=0)
+    if SINKS:
+        total += tl.exp2(sink - peak)
+    values = tl.sum(tile * weight[:, None], axis=0) / total
+    values = tl.where(length > 0, values, 0.0)
+    tl.store(out + (sequence * H + head) * D + column, values.to(out.dtype.element_ty), mask=column < D)
 
 
 @triton.jit(do_not_specialize=["splits", "table_stride"])
@@ -94,7 +98,6 @@ def _decode_attention(
     partial,
     peaks,
     totals,
-    counters,
     scale_log2,
     splits,
     table_stride,
@@ -110,10 +113,8 @@ def _decode_attention(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 for none
     SINKS: tl.constexpr,
+    WHOLE: tl.constexpr,  # one split, whose result is final
     ROWS: tl.constexpr,
-    ROWS_SUM: tl.constexpr,
-    SPLITS_SUM: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     LOG2_E: tl.constexpr,
@@ -131,16 +132,10 @@ def _decode_attention(
         tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
-    first_block = oldest // BLOCK
-    num_blocks = tl.cdiv(length, BLOCK) - first_block
-    blocks_per_split = tl.cdiv(num_blocks, splits)
-    start = first_block + split * blocks_per_split
-    end = tl.minimum(start + blocks_per_split, first_block + num_blocks)
-    if length == 0:
-        if split == 0:
-            tl.store(out + q_offset, tl.zeros((ROWS, BLOCK_D), out.dtype.element_ty), mask=inside)
-        return
+    start, end, _ = split_range(length, oldest, split, splits, BLOCK)
     if start >= end:
+        if WHOLE:
+            tl.store(out + q_offset, tl.zeros((ROWS, BLOCK_D), out.dtype.element_ty), mask=inside)
         return
 
     query = tl.load(q + q_offset, mask=inside, other=0.0)
@@ -172,29 +167,19 @@ def _decode_attention(
         values = tl.dot(weights.to(value.dtype), value, values, input_precision="ieee")
         peak = new_peak
 
-    active = tl.cdiv(num_blocks, blocks_per_split)
-    if active == 1:
-        result = _finish(peak, total, values, sinks, tl.minimum(head, H - 1), LOG2_E, SINKS)
-        tl.store(out + q_offset, result.to(out.dtype.element_ty), mask=inside)
-        return
-    first = (sequence * (H // R) + group) * splits
-    index = (first + split) * R + row
-    tl.store(peaks + index, peak, mask=row < R)
-    tl.store(totals + index, total, mask=row < R)
-    tl.store(partial + index[:, None] * D + column[None, :], values, mask=inside)
-    tl.debug_barrier()  # all stores of this program before its arrival
-    counter = counters + sequence * (H // R) + group
-    if tl.atomic_add(counter, 1, sem="acq_rel") == active - 1:
-        tl.store(counter, 0)
-        row_sum = tl.arange(0, ROWS_SUM)
-        head_sum = group * R + tl.minimum(row_sum, R - 1)
-        peak_all, total_all, values_all = add_splits(
-            partial, peaks, totals, first, active, R, D, SPLITS_SUM, ROWS_SUM, BLOCK_D, CHUNK
-        )
-        result = _finish(peak_all, total_all, values_all, sinks, head_sum, LOG2_E, SINKS)
-        target = out + sequence * (H * D) + head_sum[:, None] * D + column[None, :]
-        to_store = (row_sum < R)[:, None] & (column < D)[None, :]
-        tl.store(target, result.to(out.dtype.element_ty), mask=to_store)
+    if WHOLE:
+        if SINKS:
+            sink = tl.load(sinks + tl.minimum(head, H - 1)).to(tl.float32) * LOG2_E
+            peak_with_sink = tl.maximum(peak, sink)
+            shrink = tl.exp2(peak - peak_with_sink)
+            total = total * shrink + tl.exp2(sink - peak_with_sink)
+            values = values * shrink[:, None]
+        tl.store(out + q_offset, (values / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    else:
+        index = (sequence * splits + split) * H + head
+        tl.store(peaks + index, peak, mask=row < R)
+        tl.store(totals + index, total, mask=row < R)
+        tl.store(partial + index[:, None] * D + column[None, :], values, mask=inside)
 
 
 def decode_attention_triton(
@@ -207,25 +192,31 @@ def decode_attention_triton(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     *,
-    block: int = 64,
-    programs_per_sm: int = 2,
-    num_warps: int = 4,
-    num_stages: int = 3,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """What `decode_attention` computes, on a GPU or in the interpreter; the same arguments and results, and the tuning."""
+    """What `decode_attention` computes, on a GPU or in the interpreter; the same arguments and results."""
     batch, num_heads, head_size = q.shape
     page_size, num_kv_heads = k_cache.shape[1:3]
-    per_group = num_heads // num_kv_heads
-    q = q.contiguous()
-    out = torch.empty_like(q)
+    if tiles is None:
+        tiles = choose_tiles(head_size, q.dtype)
     capacity = page_table.shape[1] * page_size
-    reach = capacity if window is None else min(capacity, window + block - 1)
-    splits = choose_splits(batch * num_kv_heads, reach, block, programs_per_sm, q.device)
-    groups = (batch, num_kv_heads, splits, per_group)
-    partial = torch.empty((*groups, head_size) if splits > 1 else (0,), dtype=torch.float32, device=q.device)
-    peaks, totals = torch.empty((2, *groups), dtype=torch.float32, device=q.device).unbind(0)
-    block_d = max(triton.next_power_of_2(head_size), MIN_ROWS)
-    rows_sum = triton.next_power_of_2(per_group)
+    reach = capacity if window is None else min(capacity, window + tiles.block - 1)
+    splits = choose_splits(batch * num_kv_heads, reach, tiles, q.device)
+    q, out = q.contiguous(), torch.empty_like(q)
+    parts = (batch, splits, num_heads) if splits > 1 else (0,)
+    partial = torch.empty((*parts, head_size), dtype=torch.float32, device=q.device)
+    peaks, totals = torch.empty((2, *parts), dtype=torch.float32, device=q.device).unbind(0)
+    sink = q if sinks is None else sinks
+    common = {
+        "H": num_heads,
+        "D": head_size,
+        "WINDOW": window or 0,
+        "SINKS": sinks is not None,
+        "BLOCK_D": triton.next_power_of_2(head_size),
+        "BLOCK": tiles.block,
+        "LOG2_E": LOG2_E,
+        **overlap(q),
+    }
     if batch:
         _decode_attention[(num_kv_heads, splits, batch)](
             q,
@@ -233,32 +224,26 @@ def decode_attention_triton(
             v_cache,
             page_table,
             lengths,
-            q if sinks is None else sinks,
+            sink,
             out,
             partial,
             peaks,
             totals,
-            arrival_counters(batch * num_kv_heads, q.device),
             scale * LOG2_E,
             splits,
             page_table.stride(0),
             *k_cache.stride()[:3],
             *v_cache.stride()[:3],
-            H=num_heads,
-            R=per_group,
-            D=head_size,
+            R=num_heads // num_kv_heads,
             PAGE=page_size,
-            WINDOW=window or 0,
-            SINKS=sinks is not None,
-            ROWS=max(MIN_ROWS, rows_sum),
-            ROWS_SUM=rows_sum,
-            SPLITS_SUM=MAX_SPLITS,
-            CHUNK=max(8192 // (rows_sum * block_d), 1),
-            BLOCK_D=block_d,
-            BLOCK=block,
-            LOG2_E=LOG2_E,
-            num_warps=num_warps,
-            num_stages=num_stages,
-            **overlap(q),
+            WHOLE=splits == 1,
+            ROWS=max(MIN_ROWS, triton.next_power_of_2(num_heads // num_kv_heads)),
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            **common,
+        )
+    if batch and splits > 1:
+        add_splits[(num_heads, batch)](
+            partial, peaks, totals, lengths, sink, out, splits, BLOCK_SPLITS=MAX_SPLITS, num_warps=4, **common
         )
     return out

@@ -1,17 +1,38 @@
-"""Into how many parts decode attention divides a context, and the counters by which the last part knows itself."""
+"""How decode attention divides its work: tokens per step of a program, and parts of a context."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
 MAX_SPLITS = 64
 MAX_TOKENS_PER_SPLIT = 4096
 INTERPRETER_SMS = 4  # the interpreter has no GPU to ask; few programs keep it fast
-COUNTERS = 1 << 16
 
-_counters: dict[torch.device, torch.Tensor] = {}
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tokens a program takes at a time, its warps and pipeline stages, how many fill a multiprocessor.
+
+    A context is split into parts of ``least`` tokens or more.
+    """
+
+    block: int
+    warps: int
+    stages: int
+    programs_per_sm: int
+    least: int
+
+
+def choose_tiles(head_size: int, dtype: torch.dtype) -> Tiles:
+    """Tiles by the bytes of a token's key; measured on an H100 (docs/kernels/decode_attention.md)."""
+    if head_size * dtype.itemsize <= 128:
+        return Tiles(block=128, warps=4, stages=2, programs_per_sm=2, least=128)
+    if head_size * dtype.itemsize <= 256:
+        return Tiles(block=64, warps=4, stages=3, programs_per_sm=2, least=64)
+    return Tiles(block=32, warps=4, stages=2, programs_per_sm=2, least=64)
 
 
 @functools.cache
@@ -20,7 +41,7 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else INTERPRETER_SMS
 
 
-def choose_splits(pairs: int, reach: int, block: int, programs_per_sm: int, device: torch.device) -> int:
+def choose_splits(pairs: int, reach: int, tiles: Tiles, device: torch.device) -> int:
     """Splits of every context, from shapes alone.
 
     Enough to fill the GPU; and none longer than 4096 tokens, so that one long context among short ones is spread too.
@@ -28,24 +49,9 @@ def choose_splits(pairs: int, reach: int, block: int, programs_per_sm: int, devi
     Args:
         pairs: sequences times key/value heads, each of which is split.
         reach: the most tokens that any sequence can attend to.
-        block: tokens a program takes at a time.
-        programs_per_sm: programs that a multiprocessor holds.
+        tiles: of the kernel.
         device: whose multiprocessors are to be filled.
     """
-    blocks = -(-reach // block)
-    wanted = max(num_sms(device) * programs_per_sm // max(pairs, 1), -(-reach // MAX_TOKENS_PER_SPLIT), 1)
-    return max(min(wanted, blocks, MAX_SPLITS), 1)
-
-
-def arrival_counters(count: int, device: torch.device) -> torch.Tensor:
-    """Zeros, int32, at least ``count``, which every launch leaves as zeros; kept, so that no launch has to clear them.
-
-    One stream at a time may use them per device. While a graph is captured, nothing is kept that it allocates.
-    """
-    kept = _counters.get(device)
-    if kept is not None and kept.numel() >= count:
-        return kept
-    fresh = torch.zeros(max(count, COUNTERS), dtype=torch.int32, device=device)
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        _counters[device] = fresh
-    return fresh
+    filling = num_sms(device) * tiles.programs_per_sm // max(pairs, 1)
+    wanted = max(filling, -(-reach // MAX_TOKENS_PER_SPLIT))
+    return max(min(wanted, reach // tiles.least, MAX_SPLITS), 1)

@@ -29,7 +29,7 @@ def mla_attention(
         q_latent: queries in latent space ``[B, H, C]``, bfloat16, float16 or float32.
         q_rope: the rotated part of the queries ``[B, H, r]``, like ``q_latent``.
         cache: latent vector, then rotated key, of every token ``[pages, page_size, C + r]``, of the dtype of
-            ``q_latent``; ``page_size`` a power of two.
+            ``q_latent``.
         page_table: as in `decode_attention`, int32 ``[B, max_pages]``.
         lengths: tokens of each sequence in the cache, int32 ``[B]``; 0 for a row that is only padding.
         scale: factor of the scores.

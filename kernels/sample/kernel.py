@@ -1,8 +1,9 @@
 """Triton kernels of sampling: a race over parts of the vocabulary, then one program per row that names the winner.
 
-The nucleus needs no sort. A winner of the whole vocabulary is checked by adding up what is likelier than it. If that
-reaches the mass, it and all that is less likely are outside, and the best of the likelier ones is checked next; that one
-was found in the same pass. The first that passes is the best of the nucleus.
+The nucleus needs no sort. The winner of the whole vocabulary is checked by adding up what is likelier than it. If that
+reaches the mass, it and all that is less likely are outside, and the best of the likelier ones, found in the same pass,
+is checked next. The first that passes is the best of the nucleus. The first check is spread over the GPU like the race;
+whatever comes after it, seldom more than one pass, is one program's work.
 
 Shape legend: B sequences, V vocabulary, C parts.
 """
@@ -17,7 +18,7 @@ from kernels.launch import overlap
 from kernels.sample.reference import MIN_TEMPERATURE
 
 PART = 4096
-BLOCK = 2048
+BLOCK = 8192
 NO_TOKEN = 2**31 - 1
 
 
@@ -94,6 +95,78 @@ def _race(
 
 
 @triton.jit
+def _winner(scores, tokens, row, V, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr, NO_TOKEN: tl.constexpr):
+    """The best token of a row's parts; a valid one even where scores are NaN."""
+    part = tl.arange(0, BLOCK_PARTS)
+    score = tl.load(scores + row * PARTS + part, mask=part < PARTS, other=-float("inf"))
+    token = tl.load(tokens + row * PARTS + part, mask=part < PARTS, other=NO_TOKEN)
+    _, winner = _best(score, token, -float("inf"), NO_TOKEN, NO_TOKEN)
+    return tl.minimum(winner, V - 1)
+
+
+@triton.jit
+def _row_peak(peaks, row, PARTS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
+    """The greatest scaled logit of a row."""
+    part = tl.arange(0, BLOCK_PARTS)
+    return tl.max(tl.load(peaks + row * PARTS + part, mask=part < PARTS, other=-float("inf")), axis=0)
+
+
+@triton.jit
+def _weigh(source, token, winner, temperature, peak, key, V):
+    """Of a block of tokens: its mass, the mass likelier than the winner, and the scores of those, else -inf."""
+    limit = tl.load(source + winner).to(tl.float32) / temperature
+    logit = tl.load(source + token, mask=token < V, other=-float("inf")).to(tl.float32)
+    scaled = logit / temperature
+    weight = tl.exp(scaled - peak)
+    above = (scaled > limit) | ((scaled == limit) & (token < winner))
+    score = tl.where(above, scaled + _noise(key, token), -float("inf"))
+    return tl.sum(weight, axis=0), tl.sum(tl.where(above, weight, 0.0), axis=0), score
+
+
+@triton.jit
+def _check(
+    logits,
+    temperatures,
+    seeds,
+    positions,
+    top_ps,
+    scores,
+    tokens,
+    peaks,
+    checked,
+    next_tokens,
+    V,
+    row_stride,
+    PARTS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    MIN_TEMPERATURE: tl.constexpr,
+    NO_TOKEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    temperature = tl.load(temperatures + row)
+    if (temperature == 0) | (tl.load(top_ps + row) >= 1):
+        return
+    winner = _winner(scores, tokens, row, V, PARTS, BLOCK_PARTS, NO_TOKEN)
+    peak = _row_peak(peaks, row, PARTS, BLOCK_PARTS)
+    token = part * PART + tl.arange(0, PART)
+    key = _row_key(seeds, positions, row)
+    mass, likelier, score = _weigh(
+        logits + row * row_stride, token, winner, tl.maximum(temperature, MIN_TEMPERATURE), peak, key, V
+    )
+    next_score, next_token = _best(score, token, -float("inf"), NO_TOKEN, NO_TOKEN)
+    found = checked + (row * PARTS + part) * 3
+    tl.store(found, mass)
+    tl.store(found + 1, likelier)
+    tl.store(found + 2, next_score)
+    tl.store(next_tokens + row * PARTS + part, next_token)
+
+
+@triton.jit
 def _name_winner(
     logits,
     temperatures,
@@ -103,6 +176,8 @@ def _name_winner(
     scores,
     tokens,
     peaks,
+    checked,
+    next_tokens,
     chosen,
     V,
     row_stride,
@@ -115,38 +190,32 @@ def _name_winner(
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    part = tl.arange(0, BLOCK_PARTS)
-    there = part < PARTS
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    part_scores = tl.load(scores + row * PARTS + part, mask=there, other=-float("inf"))
-    part_tokens = tl.load(tokens + row * PARTS + part, mask=there, other=NO_TOKEN)
-    _, winner = _best(part_scores, part_tokens, -float("inf"), NO_TOKEN, NO_TOKEN)
+    winner = _winner(scores, tokens, row, V, PARTS, BLOCK_PARTS, NO_TOKEN)
     if NUCLEUS:
         temperature, top_p = tl.load(temperatures + row), tl.load(top_ps + row)
         if (temperature != 0) & (top_p < 1):
+            part = tl.arange(0, BLOCK_PARTS)
+            found, there = checked + (row * PARTS + part) * 3, part < PARTS
+            mass = tl.sum(tl.load(found, mask=there, other=0.0), axis=0)
+            likelier = tl.sum(tl.load(found + 1, mask=there, other=0.0), axis=0)
+            next_score = tl.load(found + 2, mask=there, other=-float("inf"))
+            next_token = tl.load(next_tokens + row * PARTS + part, mask=there, other=NO_TOKEN)
+            _, best_token = _best(next_score, next_token, -float("inf"), NO_TOKEN, NO_TOKEN)
             temperature = tl.maximum(temperature, MIN_TEMPERATURE)
-            peak = tl.max(tl.load(peaks + row * PARTS + part, mask=there, other=-float("inf")), axis=0)
+            peak = _row_peak(peaks, row, PARTS, BLOCK_PARTS)
             key = _row_key(seeds, positions, row)
-            source = logits + row * row_stride
-            outside = True
-            while outside:
-                limit = tl.load(source + winner).to(tl.float32) / temperature
-                mass, likelier = 0.0, 0.0
+            while (likelier >= top_p * mass) & (likelier > 0):  # the likeliest token is always inside
+                winner = tl.minimum(best_token, V - 1)
+                likelier = 0.0
                 best_score, best_token = -float("inf"), NO_TOKEN
                 for start in range(0, V, BLOCK):
                     token = start + tl.arange(0, BLOCK)
-                    logit = tl.load(source + token, mask=token < V, other=-float("inf")).to(tl.float32)
-                    scaled = logit / temperature
-                    weight = tl.exp(scaled - peak)
-                    above = (scaled > limit) | ((scaled == limit) & (token < winner))
-                    mass += tl.sum(weight, axis=0)
-                    likelier += tl.sum(tl.where(above, weight, 0.0), axis=0)
-                    score = tl.where(above, scaled + _noise(key, token), -float("inf"))
+                    _, weight, score = _weigh(logits + row * row_stride, token, winner, temperature, peak, key, V)
+                    likelier += weight
                     best_score, best_token = _best(score, token, best_score, best_token, NO_TOKEN)
-                outside = likelier >= top_p * mass
-                winner = tl.where(outside, best_token, winner)
     tl.store(chosen + row, winner.to(tl.int64))
 
 
@@ -160,28 +229,36 @@ def sample_triton(
     """What `sample` computes, on a GPU or in the interpreter; the same arguments and results."""
     batch, vocabulary = logits.shape
     parts = triton.cdiv(vocabulary, PART)
+    nucleus = top_p is not None
     chosen = torch.empty(batch, dtype=torch.int64, device=logits.device)
     scores, peaks = torch.empty((2, batch, parts), dtype=torch.float32, device=logits.device).unbind(0)
-    tokens = torch.empty((batch, parts), dtype=torch.int32, device=logits.device)
-    if batch:
-        options = {"MIN_TEMPERATURE": MIN_TEMPERATURE, "NO_TOKEN": NO_TOKEN, **overlap(logits)}
-        draw = logits, temperature, seeds, positions
-        found = scores, tokens, peaks
-        _race[(parts, batch)](
-            *draw, *found, vocabulary, logits.stride(0), PARTS=parts, PART=PART, num_warps=8, **options
+    tokens, next_tokens = torch.empty((2, batch, parts), dtype=torch.int32, device=logits.device).unbind(0)
+    checked = torch.empty((batch, parts, 3) if nucleus else (0,), dtype=torch.float32, device=logits.device)
+    if batch == 0:
+        return chosen
+    options = {"PARTS": parts, "MIN_TEMPERATURE": MIN_TEMPERATURE, "NO_TOKEN": NO_TOKEN, **overlap(logits)}
+    block_parts = triton.next_power_of_2(parts)
+    draw = logits, temperature, seeds, positions
+    found = scores, tokens, peaks
+    size = vocabulary, logits.stride(0)
+    mass = temperature if top_p is None else top_p
+    _race[(parts, batch)](*draw, *found, *size, PART=PART, num_warps=8, **options)
+    if nucleus:
+        _check[(parts, batch)](
+            *draw, mass, *found, checked, next_tokens, *size, BLOCK_PARTS=block_parts, PART=PART, num_warps=8, **options
         )
-        _name_winner[(batch,)](
-            *draw,
-            temperature if top_p is None else top_p,
-            *found,
-            chosen,
-            vocabulary,
-            logits.stride(0),
-            PARTS=parts,
-            BLOCK_PARTS=triton.next_power_of_2(parts),
-            BLOCK=BLOCK,
-            NUCLEUS=top_p is not None,
-            num_warps=8 if top_p is not None else 1,
-            **options,
-        )
+    _name_winner[(batch,)](
+        *draw,
+        mass,
+        *found,
+        checked,
+        next_tokens,
+        chosen,
+        *size,
+        BLOCK_PARTS=block_parts,
+        BLOCK=BLOCK,
+        NUCLEUS=nucleus,
+        num_warps=16 if nucleus else 1,
+        **options,
+    )
     return chosen

@@ -56,6 +56,7 @@ def sample_reference(
     noisy = scaled + gumbel_noise(seeds, positions, logits.shape[1])
     if top_p is not None:
         ordered, order = torch.softmax(scaled.double(), dim=-1).sort(dim=-1, descending=True, stable=True)
-        outside = (ordered.cumsum(-1) - ordered >= top_p[:, None]) & (top_p < 1)[:, None]
+        likelier = ordered.cumsum(-1) - ordered
+        outside = (likelier >= top_p[:, None]) & (likelier > 0) & (top_p < 1)[:, None]
         noisy = noisy.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
     return torch.where((temperature == 0)[:, None], logits.float(), noisy).argmax(dim=-1)

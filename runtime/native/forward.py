@@ -18,6 +18,7 @@ from kernels.rms_norm import add_rms_norm
 from kernels.rope_cache import rope_cache
 from kernels.route import Routes
 from kernels.route_permute import route_permute
+from kernels.skinny_linear import skinny_linear
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
@@ -67,7 +68,7 @@ def run_layers(
     layers = weights.layers
     residual, normed = add_rms_norm(weights.embedding[tokens], None, layers[0].input_norm, shape.eps)
     for number, layer in enumerate(layers):
-        qkv = linear(normed, layer.qkv, layer.qkv_bias)
+        qkv = skinny_linear(normed, layer.qkv, layer.qkv_bias)
         q = rope_cache(
             qkv,
             positions,
@@ -79,7 +80,7 @@ def run_layers(
             k_norm=layer.k_norm,
             eps=shape.eps,
         )
-        attended = linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
+        attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
         residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
         residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
@@ -103,7 +104,7 @@ def _feed_forward(
 
 def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
     """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
-    logits = linear(normed, experts.router, experts.router_bias)
+    logits = skinny_linear(normed, experts.router, experts.router_bias)
     return route_permute(
         logits,
         len(experts.gate_up),

@@ -75,7 +75,7 @@ class Rows:
         )
 
     def clear(self) -> None:
-        """Back to what `empty` makes; rows left over from ended sequences would write into pages that are others' now."""
+        """Back to what `empty` makes: what is left of ended sequences would write into pages that others have now."""
         for tensor in (self.tokens, self.positions, self.stored, self.page_table):
             tensor.zero_()
 

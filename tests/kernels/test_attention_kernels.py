@@ -36,14 +36,19 @@ def test_attention_in_interpreter() -> None:
     in_interpreter(
         """
         import torch
-        from tests.support.attention_cases import check_decode_attention
-        many = {"block": 16, "programs_per_sm": 32}  # many splits, more of them than blocks of most rows
+        from kernels.decode_attention.splits import Tiles
+        from tests.support.attention_cases import check_decode_attention, check_mla
+        # More splits than most rows have blocks.
+        many = Tiles(block=16, warps=4, stages=2, programs_per_sm=32, least=16)
         check_decode_attention("cpu", torch.float32, [70, 0, 1, 64, 200], (4, 2, 16), 16)
         check_decode_attention("cpu", torch.float16, [70, 3], (6, 2, 64), 32, window=20, sinks=True)
-        check_decode_attention("cpu", torch.float32, [40, 33, 7], (4, 4, 24), 16, sinks=True, **many)
-        check_decode_attention("cpu", torch.float32, [130, 0, 17], (6, 1, 16), 64, window=33, **many)
+        check_decode_attention("cpu", torch.float32, [40, 33, 7], (4, 4, 24), 16, sinks=True, tiles=many)
+        check_decode_attention("cpu", torch.float32, [130, 0, 17], (6, 1, 16), 64, window=33, tiles=many)
         check_decode_attention("cpu", torch.float32, [0, 0], (4, 2, 16), 16)
         check_decode_attention("cpu", torch.float32, [], (4, 2, 16), 16)
+        check_mla("cpu", torch.float32, [70, 0, 1, 64], (3, 32, 16), 16, tiles=many)
+        check_mla("cpu", torch.float16, [70, 33], (20, 64, 16), 32)
+        check_mla("cpu", torch.float32, [], (3, 32, 16), 16)
         """
     )
 
@@ -53,14 +58,15 @@ def test_small_kernels_compile_for_hopper() -> None:
         """
         from kernels.rms_norm.kernel import _add_rms_norm
         from kernels.rope_cache.kernel import _rope_cache
-        from kernels.sample.kernel import _name_winner, _race
+        from kernels.sample.kernel import _check, _name_winner, _race
         from tests.support.triton_compile import compile_for_sm90
 
         types = dict.fromkeys("x residual weight total normed qkv k_cache v_cache q_norm k_norm q_out logits".split())
         scalars = dict.fromkeys("V row_stride".split(), "i32") | {"eps": "fp32"}
         scalars |= {f"{c}_{n}_stride": "i32" for c in "kv" for n in ("page", "token", "head")}
-        integers = {"positions": "*i32", "slot_index": "*i64", "seeds": "*i64", "tokens": "*i32", "chosen": "*i64"}
-        floats = dict.fromkeys("cos_sin temperatures top_ps scores peaks".split(), "*fp32")
+        integers = {"positions": "*i32", "slot_index": "*i64", "seeds": "*i64", "tokens": "*i32"}
+        integers |= {"chosen": "*i64", "next_tokens": "*i32"}
+        floats = dict.fromkeys("cos_sin temperatures top_ps scores peaks checked".split(), "*fp32")
 
         def build(kernel, dtype, constants):
             known = dict.fromkeys(types, dtype) | scalars | integers | floats
@@ -76,7 +82,8 @@ def test_small_kernels_compile_for_hopper() -> None:
             build(_rope_cache, dtype, whole | {"NORM": "head"})
             build(_rope_cache, dtype, part | {"NORM": "projection"})
             build(_race, dtype, parts | {"PART": 4096})
-            build(_name_winner, dtype, parts | {"BLOCK_PARTS": 64, "BLOCK": 2048, "NUCLEUS": True})
+        build(_check, "*bf16", parts | {"PART": 4096, "BLOCK_PARTS": 64})
+        build(_name_winner, "*bf16", parts | {"BLOCK_PARTS": 64, "BLOCK": 8192, "NUCLEUS": True})
         """
     )
 
@@ -84,22 +91,36 @@ def test_small_kernels_compile_for_hopper() -> None:
 def test_attention_compiles_for_hopper() -> None:
     in_compiler(
         """
-        from kernels.decode_attention.kernel import _decode_attention
+        from kernels.decode_attention.kernel import _decode_attention, add_splits
+        from kernels.mla_attention.kernel import _mla_attention
+        from kernels.mla_cache.kernel import _mla_cache
         from tests.support.triton_compile import compile_for_sm90
 
-        types = dict.fromkeys(("partial", "peaks", "totals"), "*fp32") | {"scale_log2": "fp32"}
-        types |= dict.fromkeys(("page_table", "lengths", "counters"), "*i32")
-        types |= {n: "i32" for n in _decode_attention.arg_names if n.endswith("_stride")} | {"splits": "i32"}
-        shapes = {"R": 8, "ROWS": 16, "ROWS_SUM": 8, "PAGE": 16, "BLOCK": 64, "LOG2_E": 1.44, "OVERLAP": True}
-        shapes |= {"SPLITS_SUM": 64}
-        qwen = shapes | {"H": 32, "D": 128, "BLOCK_D": 128, "CHUNK": 8, "WINDOW": 0, "SINKS": False}
-        gpt_oss = shapes | {"H": 64, "D": 64, "BLOCK_D": 64, "CHUNK": 16, "WINDOW": 128, "SINKS": True}
-        for dtype, shape in (("*bf16", qwen), ("*fp16", gpt_oss), ("*fp32", qwen)):
+        types = dict.fromkeys(("partial", "peaks", "totals"), "*fp32") | {"scale_log2": "fp32", "splits": "i32"}
+        types |= dict.fromkeys(("page_table", "lengths"), "*i32")
+        types |= {n: "i32" for n in _decode_attention.arg_names if n.endswith("_stride")}
+        shape = {"R": 8, "ROWS": 16, "PAGE": 16, "LOG2_E": 1.44, "OVERLAP": True, "BLOCK_SPLITS": 64}
+        qwen = shape | {"H": 32, "D": 128, "BLOCK_D": 128, "WINDOW": 0, "SINKS": False, "WHOLE": False, "BLOCK": 64}
+        gpt_oss = shape | {"H": 64, "D": 64, "BLOCK_D": 64, "WINDOW": 128, "SINKS": True, "WHOLE": True, "BLOCK": 128}
+        for dtype, constants, stages in (("*bf16", qwen, 3), ("*fp16", gpt_oss, 2), ("*fp32", qwen | {"BLOCK": 32}, 2)):
             kinds = types | dict.fromkeys(("q", "k_cache", "v_cache", "sinks", "out"), dtype)
-            signature = {n: kinds[n] for n in _decode_attention.arg_names if n in kinds}
-            built = compile_for_sm90(_decode_attention, signature, shape, num_warps=4, num_stages=3)
+            for kernel in (_decode_attention, add_splits):
+                signature = {n: kinds[n] for n in kernel.arg_names if n in kinds}
+                mine = {n: v for n, v in constants.items() if n in kernel.arg_names}
+                built = compile_for_sm90(kernel, signature, mine, num_warps=4, num_stages=stages)
+                assert built.metadata.shared <= 227 * 1024
+                assert kernel is add_splits or dtype == "*fp32" or "mma" in built.asm["ptx"]
+        types |= {n: "i32" for k in (_mla_attention, _mla_cache) for n in k.arg_names if n.endswith("_stride")}
+        types |= dict.fromkeys(("q_latent", "q_rope", "cache", "latent", "norm", "q_out"), "*bf16") | {"eps": "fp32"}
+        types |= {"positions": "*i32", "slot_index": "*i64", "cos_sin": "*fp32"}
+        latent = {"H": 16, "C": 512, "ROPE": 64, "BLOCK_H": 16, "BLOCK": 64, "PAGE": 64, "OVERLAP": True}
+        latent |= {"HALF": 32, "INTERLEAVED": True, "BLOCK_C": 512, "BLOCK_HALF": 32}
+        for kernel in (_mla_attention, _mla_cache):
+            signature = {n: types[n] for n in kernel.arg_names if n in types}
+            mine = {n: v for n, v in latent.items() if n in kernel.arg_names}
+            built = compile_for_sm90(kernel, signature, mine, num_warps=4, num_stages=2)
             assert built.metadata.shared <= 227 * 1024
-            assert dtype == "*fp32" or "mma" in built.asm["ptx"]
+            assert kernel is _mla_cache or "wgmma" in built.asm["ptx"]
         """
     )
 
@@ -121,6 +142,7 @@ def test_on_gpu(dtype: torch.dtype) -> None:
         cases.check_decode_attention("cuda", dtype, lengths, (32, 4, 128), page_size)
         cases.check_decode_attention("cuda", dtype, lengths[:1], (32, 8, 128), page_size, extra_pages=200)
         cases.check_decode_attention("cuda", dtype, lengths, (64, 8, 64), page_size, window=128, sinks=True)
+        cases.check_mla("cuda", dtype, lengths, (16, 512, 64), page_size)
     cases.check_decode_attention("cuda", dtype, [20_000], (6, 2, 80), 16, sinks=True, extra_pages=500)
 
 

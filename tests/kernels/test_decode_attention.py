@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.decode_attention import decode_attention
+from kernels.errors import OperatorError
 from kernels.mla_attention import mla_attention
 from tests.support.paged_caches import paged_cache
 
@@ -45,6 +46,17 @@ def test_no_sequences_and_only_padding() -> None:
     lengths = torch.zeros(2, dtype=torch.int32)
     assert not decode_attention(torch.randn(2, 4, 8), k_cache, v_cache, page_table, lengths, 1.0).any()
     assert decode_attention(torch.randn(0, 4, 8), k_cache, v_cache, page_table[:0], lengths[:0], 1.0).shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "dtype", "window"),
+    [(3, 8, torch.float32, None), (4, 16, torch.float32, None), (4, 8, torch.float16, None), (4, 8, torch.float32, 0)],
+)
+def test_what_does_not_fit_is_refused(heads: int, size: int, dtype: torch.dtype, window: int | None) -> None:
+    caches = torch.zeros(2, 1, 4, 2, 8)
+    page_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(OperatorError):
+        decode_attention(torch.zeros(1, heads, size, dtype=dtype), *caches, page_table, lengths, 1.0, window)
 
 
 def test_latent_attention_is_attention_with_one_shared_head() -> None:

@@ -8,6 +8,11 @@ import torch
 
 from kernels.decode_attention.kernel import decode_attention_triton
 from kernels.decode_attention.reference import decode_attention_reference
+from kernels.decode_attention.splits import Tiles
+from kernels.mla_attention.kernel import mla_attention_triton
+from kernels.mla_attention.reference import mla_attention_reference
+from kernels.mla_cache.kernel import mla_cache_triton
+from kernels.mla_cache.reference import mla_cache_reference
 from kernels.rms_norm.kernel import add_rms_norm_triton
 from kernels.rms_norm.reference import add_rms_norm_reference
 from kernels.rope_cache.kernel import rope_cache_triton
@@ -80,7 +85,7 @@ def check_decode_attention(
     window: int | None = None,
     sinks: bool = False,
     extra_pages: int = 1,
-    **tuning: int,
+    tiles: Tiles | None = None,
 ) -> None:
     """Attention with ``heads`` = (H, G, d) over pages that are NaN where no token is; twice, to the same bits."""
     torch.manual_seed(len(lengths))
@@ -92,10 +97,48 @@ def check_decode_attention(
     inputs = [x.to(device) for x in (q, k_cache, v_cache, page_table, torch.tensor(lengths, dtype=torch.int32))]
     sink = torch.randn(num_heads, device=device) * 3 if sinks else None
     with poisoned():
-        found = decode_attention_triton(*inputs, size**-0.5, window, sink, **tuning)
-        again = decode_attention_triton(*inputs, size**-0.5, window, sink, **tuning)
+        found = decode_attention_triton(*inputs, size**-0.5, window, sink, tiles=tiles)
+        again = decode_attention_triton(*inputs, size**-0.5, window, sink, tiles=tiles)
     assert torch.equal(found, again)
     assert_near(found, decode_attention_reference(*inputs, size**-0.5, window, sink))
+
+
+def check_mla(
+    device: str,
+    dtype: torch.dtype,
+    lengths: list[int],
+    sizes: tuple[int, int, int],
+    page_size: int,
+    extra_pages: int = 1,
+    tiles: Tiles | None = None,
+) -> None:
+    """Latent attention and cache writes of ``sizes`` = (H, C, r); pages are NaN where no token is."""
+    torch.manual_seed(len(lengths))
+    (num_heads, latent_size, rotated), batch = sizes, len(lengths)
+    dense = torch.randn(batch, max([*lengths, 1]), latent_size + rotated, dtype=dtype)
+    cache, _, page_table = paged_cache((dense, dense), lengths, page_size, extra_pages)
+    q = torch.randn(batch, num_heads, latent_size + rotated, dtype=dtype, device=device)
+    inputs = [q[..., :latent_size], q[..., latent_size:], cache.to(device), page_table.to(device)]
+    arguments = (*inputs, torch.tensor(lengths, dtype=torch.int32, device=device), 0.1)
+    with poisoned():
+        found = mla_attention_triton(*arguments, tiles=tiles)
+    assert_near(found, mla_attention_reference(*arguments))
+    latent = torch.randn(batch, latent_size + rotated, dtype=dtype, device=device)
+    positions, cos_sin = torch.arange(batch, device=device), torch.randn(batch, 2, rotated // 2, device=device)
+    slots, norm = torch.arange(batch, device=device) * 3, torch.rand(latent_size, device=device).to(dtype)
+    slots[1::2] = -1
+    for interleaved in (True, False):
+        caches = [torch.full((batch, 4, *latent.shape[1:]), torch.nan, dtype=dtype, device=device) for _ in range(2)]
+        rest = (slots, norm, 1e-6)
+        with poisoned():
+            turned = mla_cache_triton(
+                q[..., latent_size:], latent, positions, cos_sin, caches[0], *rest, interleaved=interleaved
+            )
+        wanted = mla_cache_reference(
+            q[..., latent_size:], latent, positions, cos_sin, caches[1], *rest, interleaved=interleaved
+        )
+        assert_near(turned, wanted)
+        assert_near(caches[0], caches[1])
 
 
 def check_sample(device: str, dtype: torch.dtype, batch: int, vocabulary: int, top_p: bool = True) -> None:
@@ -105,7 +148,7 @@ def check_sample(device: str, dtype: torch.dtype, batch: int, vocabulary: int, t
     temperature = torch.tensor([0.0, 0.3, 1.0, 2.5, 1e-30], device=device).repeat(batch)[:batch]
     seeds = torch.randint(-(2**62), 2**62, (batch,), device=device)
     positions = torch.arange(batch, dtype=torch.int32, device=device) * 77
-    nucleus = torch.tensor([0.9, 1.0, 0.2, 0.95, 1e-6, 0.6, 0.999], device=device).repeat(batch)[:batch]
+    nucleus = torch.tensor([0.9, 1.0, 0.2, 0.95, 0.0, 0.6, 0.999], device=device).repeat(batch)[:batch]
     arguments = (logits, temperature, seeds, positions, nucleus if top_p else None)
     with poisoned():
         found = sample_triton(*arguments)
