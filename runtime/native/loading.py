@@ -41,13 +41,19 @@ def choose_native(model: str, settings: EngineSettings, group: RankGroup) -> Dec
     except NotNativeError as error:
         if settings.path == "native":
             raise ModelError(f"path=native: {error}; give path=auto or path=universal") from error
-        logger.info("universal path: %s", error)
+        _say(group, f"universal path: {error}")
         return None
     if settings.path == "auto" and group.device.type == "cpu":
-        logger.info("universal path: on CPUs the native one is for checking; path=native takes it")
+        _say(group, "universal path: on CPUs the native one is for checking; path=native takes it")
         return None
-    logger.info("native path: %s on %s", shape.family, group.device.type)
+    _say(group, f"native path: {shape.family} on {group.device.type}")
     return shape
+
+
+def _say(group: RankGroup, choice: str) -> None:
+    """All ranks choose alike, so one says it."""
+    if group.rank == 0:
+        logger.info(choice)
 
 
 def _native_shape(model: str, settings: EngineSettings, group: RankGroup) -> DecoderShape:

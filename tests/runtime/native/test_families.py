@@ -16,7 +16,7 @@ from runtime.native.rope import rotary_table
 from runtime.settings import EngineSettings
 from tests.support.tiny_models import tiny_config
 
-GPU_GROUP = cast(Any, SimpleNamespace(world_size=1, device=torch.device("cuda")))
+GPU_GROUP = cast(Any, SimpleNamespace(rank=0, world_size=1, device=torch.device("cuda")))
 
 
 def saved_config(folder: Any, family: str, **changes: Any) -> str:
@@ -61,10 +61,10 @@ def test_the_choice_by_device_and_ranks(tmp_path: Any, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO):
         assert choose_native(path, EngineSettings(), GPU_GROUP) is not None
     assert "native path: qwen3_moe on cuda" in caplog.text
-    on_cpu = cast(Any, SimpleNamespace(world_size=1, device=torch.device("cpu")))
+    on_cpu = cast(Any, SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu")))
     assert choose_native(path, EngineSettings(), on_cpu) is None
     assert choose_native(path, EngineSettings(path="native"), on_cpu) is not None
-    on_two = cast(Any, SimpleNamespace(world_size=2, device=torch.device("cuda")))
+    on_two = cast(Any, SimpleNamespace(rank=0, world_size=2, device=torch.device("cuda")))
     assert choose_native(path, EngineSettings(), on_two) is None
     with pytest.raises(ModelError, match="2 ranks"):
         choose_native(path, EngineSettings(path="native"), on_two)
