@@ -31,7 +31,7 @@ def choose_tiles(head_size: int, dtype: torch.dtype) -> Tiles:
     if head_size * dtype.itemsize <= 128:
         return Tiles(block=128, warps=4, stages=2, programs_per_sm=2, least=128)
     if head_size * dtype.itemsize <= 256:
-        return Tiles(block=64, warps=4, stages=3, programs_per_sm=2, least=64)
+        return Tiles(block=64, warps=4, stages=2, programs_per_sm=2, least=64)
     return Tiles(block=32, warps=4, stages=2, programs_per_sm=2, least=64)
 
 
