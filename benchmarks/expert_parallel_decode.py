@@ -32,6 +32,7 @@ from runtime.distributed import RankAddress
 from runtime.settings import EngineSettings
 from runtime.start import Run, join_group, load_worker
 from runtime.step_plan import Admission, StepPlan
+from runtime.worker import RankWorker
 
 SHAPE = Path(__file__).parent / "shapes" / "qwen3-30b-a3b"
 PROMPTS, PROMPT_TOKENS, DECODE_STEPS = 8, 32, 16
@@ -78,7 +79,7 @@ class Recorder:
 
     def record(self) -> dict[str, torch.Tensor]:
         """Logits, tokens and routes by step, for every way to share the prompts."""
-        worker = self.run.worker
+        worker = universal_worker(self.run)
         worker.context.on_routes = self._routes
         with mock.patch.object(worker, "_sample", functools.partial(self._logits, worker._sample)):
             for shares in SHARES:
@@ -122,7 +123,7 @@ class Agreement:
 
     def compare(self) -> torch.Tensor:
         """Largest relative error of the logits, differing pairs and all pairs, over all ranks."""
-        worker = self.run.worker
+        worker = universal_worker(self.run)
         worker.context.forced_routes = self._routes
         with mock.patch.object(worker, "_sample", functools.partial(self._logits, worker._sample)):
             for self.step in range(DECODE_STEPS):
@@ -155,11 +156,16 @@ class Agreement:
         return sample(sequences, logits)
 
 
+def universal_worker(run: Run) -> RankWorker:
+    """The run's worker, whose routes and logits can be read and replaced."""
+    assert isinstance(run.worker, RankWorker)
+    return run.worker
+
+
 def admissions(run: Run, numbers: Iterable[int], homes: int) -> list[Admission]:
     """The fixed prompts with these numbers, greedy, dealt to so many ranks."""
-    vocabulary = run.worker.model.model.config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
+    prompts = torch.randint(run.worker.facts.vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
     return [Admission(number, prompts[number], number % homes, 0.0, 1.0, 0) for number in numbers]
 
 
@@ -214,7 +220,9 @@ def main() -> None:
     for kind in ["contiguous"] if recording else flags.plans.split(","):
         plan = make_plan(kind, config["num_experts"], config["num_experts_per_tok"], layers, group.world_size)
         for exchange in ("allreduce",) if recording else ("allreduce", "alltoall"):
-            settings = EngineSettings(weights="random", dtype="bfloat16", device=flags.device, exchange=exchange)
+            settings = EngineSettings(
+                weights="random", dtype="bfloat16", device=flags.device, exchange=exchange, path="universal"
+            )
             run = Run(plan, flags.shape, group, load_worker(plan, flags.shape, settings, group), None)
             if recording:
                 Path(flags.reference).mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,7 @@ def _bench(flags: argparse.Namespace) -> int:
         steps=config["steps"],
         warmup_steps=config["warmup_steps"],
         seed=config["seed"],
+        routes=config["routes"],
     )
     return bench_decode(flags.plan, EngineSettings.from_config(config), benchmark, flags.output)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from placement.atomic import write_atomically
 from profiler.errors import InputError
 from profiler.trace_header import require_output
 from runtime.distributed import RankGroup
+from runtime.replay import RouteSource, active_experts, route_source
 from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, start_run
 from runtime.step_plan import Admission, StepPlan
+
+COPY_BYTES = 1 << 28  # several times what a GPU's cache holds
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class DecodeBenchmark:
         context: tokens of every sequence before the first timed step.
         steps: timed decode steps per batch size.
         warmup_steps: untimed decode steps before them.
-        seed: of the random prompts.
+        seed: of the random prompts and of drawn routes.
+        routes: ``model``, ``uniform``, or a routing trace of the model: which experts the decode steps go to.
     """
 
     batch_sizes: tuple[int, ...]
@@ -38,6 +43,7 @@ class DecodeBenchmark:
     steps: int
     warmup_steps: int
     seed: int
+    routes: str = "model"
 
     def __post_init__(self) -> None:
         for name, number in (
@@ -54,8 +60,11 @@ def bench_decode(plan_path: str, settings: EngineSettings, benchmark: DecodeBenc
     if output is not None:
         require_output(Path(output), [Path(plan_path)])
     plan, model = load_plan(plan_path, settings)
+    source = route_source(benchmark.routes, plan.num_experts, plan.top_k, len(plan.layer_ids), benchmark.seed)
+    settings = replace(settings, max_sequences=max(settings.max_sequences, *benchmark.batch_sizes))
     run = start_run(plan, model, settings)
-    rows = [time_batch(run, benchmark, batch) for batch in benchmark.batch_sizes]
+    copy_bytes_per_s = measure_copy(run.group.device)
+    rows = [time_batch(run, benchmark, batch, source, copy_bytes_per_s) for batch in benchmark.batch_sizes]
     if run.group.rank == 0:
         print(f"{'batch':>6} {'ms/step':>9} {'p95':>9} {'tokens/s':>10}")
         for row in rows:
@@ -68,22 +77,21 @@ def bench_decode(plan_path: str, settings: EngineSettings, benchmark: DecodeBenc
     return 0
 
 
-def time_batch(run: Run, benchmark: DecodeBenchmark, batch: int) -> dict[str, Any]:
+def time_batch(
+    run: Run,
+    benchmark: DecodeBenchmark,
+    batch: int,
+    source: RouteSource | None = None,
+    copy_bytes_per_s: float | None = None,
+) -> dict[str, Any]:
     """Time decode steps of one batch size; every rank calls this with the same arguments.
 
     Returns:
-        A flat row; a step lasts from its plan until all ranks know the new tokens.
+        A flat row. A step lasts from its plan until all ranks know the new tokens.
     """
     worker = run.worker
-    generator = torch.Generator().manual_seed(benchmark.seed + batch)
-    vocabulary = worker.model.model.config.get_text_config().vocab_size
-    length = benchmark.context - benchmark.warmup_steps
-    prompts = torch.randint(vocabulary, (batch, length), generator=generator).tolist()
-    homes = 1 if worker.everyone_holds_all else run.group.world_size
-    admissions = [Admission(number, prompt, number % homes, 0.0, 1.0, 0) for number, prompt in enumerate(prompts)]
-    together = max(1, 8192 // length) if worker.model.can_merge else batch
-    for start in range(0, batch, together):
-        worker.execute(StepPlan(admit=admissions[start : start + together]))
+    start_sequences(run, benchmark, batch)
+    routes = _replay(run, source, benchmark, batch)
     times = []
     for step in range(benchmark.warmup_steps + benchmark.steps):
         start_s = time.perf_counter()
@@ -92,20 +100,79 @@ def time_batch(run: Run, benchmark: DecodeBenchmark, batch: int) -> dict[str, An
         if step >= benchmark.warmup_steps:
             times.append(time.perf_counter() - start_s)
     worker.execute(StepPlan(retire=list(range(batch))))
+    worker.replay(None)
     median = statistics.median(times)
-    return describe_run(run, batch, f"{benchmark.context}-{benchmark.context + benchmark.steps}") | {
-        "routes": "model",
+    row = describe_run(run, batch, f"{benchmark.context}-{benchmark.context + benchmark.steps}") | {
+        "routes": benchmark.routes
+        if benchmark.routes in ("model", "uniform")
+        else f"replay {Path(benchmark.routes).name}",
         "repeats": len(times),
         "ms_per_step": median * 1e3,
         "p95_ms_per_step": sorted(times)[int(0.95 * (len(times) - 1))] * 1e3,
         "tokens_per_s": batch / median,
     }
+    reads = worker.facts.reads
+    if routes is not None and reads is not None:
+        row["active_experts_per_layer"] = active_experts(routes)
+        row["bytes_read_per_step"] = reads.total(active_experts(routes), batch, benchmark.context + benchmark.steps / 2)
+        if copy_bytes_per_s is not None:
+            row["copy_bytes_per_s"] = copy_bytes_per_s
+            row["share_of_copy_bandwidth"] = row["bytes_read_per_step"] / median / copy_bytes_per_s
+    return row
+
+
+def start_sequences(run: Run, benchmark: DecodeBenchmark, batch: int) -> None:
+    """Prefill random prompts, numbered from 0, dealt to the ranks that hold sequences of their own."""
+    worker = run.worker
+    generator = torch.Generator().manual_seed(benchmark.seed + batch)
+    length = benchmark.context - benchmark.warmup_steps
+    prompts = torch.randint(worker.facts.vocabulary, (batch, length), generator=generator).tolist()
+    new_tokens = benchmark.warmup_steps + benchmark.steps + 1
+    homes = num_homes(run)
+    admissions = [
+        Admission(number, prompt, number % homes, 0.0, 1.0, 0, new_tokens) for number, prompt in enumerate(prompts)
+    ]
+    together = max(1, 8192 // length) if worker.model.can_merge else batch
+    for start in range(0, batch, together):
+        worker.execute(StepPlan(admit=admissions[start : start + together]))
+
+
+def num_homes(run: Run) -> int:
+    """Ranks that sequences are dealt to."""
+    return 1 if run.worker.everyone_holds_all else run.group.world_size
+
+
+def _replay(run: Run, source: RouteSource | None, benchmark: DecodeBenchmark, batch: int) -> torch.Tensor | None:
+    """Let this rank's sequences take the source's routes from now on; the routes ``[S, L, T, K]`` of timed steps."""
+    if source is None:
+        return None
+    homes = num_homes(run)
+    rank = run.group.rank if homes > 1 else 0
+    mine = len(range(rank, batch, homes))
+    routes = source.draw(benchmark.warmup_steps + benchmark.steps, mine, rank)
+    run.worker.replay(routes)
+    return routes[benchmark.warmup_steps :]
+
+
+def measure_copy(device: torch.device) -> float | None:
+    """Bytes per second that a large copy on a GPU reads and writes; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(11)]
+    for event in events:
+        target.copy_(source)
+        event.record()
+    torch.cuda.synchronize(device)
+    best_s = min(before.elapsed_time(after) for before, after in itertools.pairwise(events)) / 1e3
+    return 2 * source.nbytes / best_s
 
 
 def describe_run(run: Run, batch: int, context: str) -> dict[str, Any]:
     """What every row says of its run."""
     return {
-        "engine": "expertplan universal",
+        "engine": f"expertplan {run.worker.facts.path}",
         "shape": Path(run.model_path).name,
         "ranks": run.group.world_size,
         "gpus": min(run.group.world_size, torch.cuda.device_count()) if run.group.device.type == "cuda" else 0,
@@ -114,7 +181,7 @@ def describe_run(run: Run, batch: int, context: str) -> dict[str, Any]:
         "exchange": "allreduce" if run.worker.everyone_holds_all else "alltoall",
         "batch": batch,
         "context": context,
-        "dtype": str(run.worker.model.model.dtype).removeprefix("torch."),
+        "dtype": str(run.worker.facts.dtype).removeprefix("torch."),
     }
 
 

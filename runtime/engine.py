@@ -14,13 +14,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
 from runtime.settings import EngineSettings
 from runtime.step_plan import Admission, StepPlan
-from runtime.worker import NO_TOKEN, RankWorker
+from runtime.worker_interface import NO_TOKEN, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +41,14 @@ class Engine:
     """Decodes requests together on all ranks; see `runtime.requests.EngineProtocol`.
 
     Args:
-        worker: rank 0's worker; the other ranks run `RankWorker.serve`.
+        worker: rank 0's worker; the other ranks run `Worker.serve`.
         settings: limits of a batch.
         eos_token_ids: tokens that end a sequence.
         max_context: the most tokens of one sequence, prompt and generated.
     """
 
     def __init__(
-        self, worker: RankWorker, settings: EngineSettings, eos_token_ids: Sequence[int], max_context: int
+        self, worker: Worker, settings: EngineSettings, eos_token_ids: Sequence[int], max_context: int
     ) -> None:
         self.max_context = max_context
         self._worker, self._settings = worker, settings
@@ -157,7 +155,7 @@ class Engine:
             retire, self._retire = self._retire, []
             if self._stopping or self._failure is not None:
                 return StepPlan(stop=True)
-            return StepPlan(retire, self._admit())
+            return StepPlan(retire, self._admit(retire))
 
     def _drop_cancelled(self) -> None:
         for request in [request for request in self._waiting if request.cancelled]:
@@ -166,7 +164,7 @@ class Engine:
         for number in [number for number, request in self._running.items() if request.cancelled]:
             self._end(self._running[number], TokenEvent(None, "cancelled"))
 
-    def _admit(self) -> list[Admission]:
+    def _admit(self, retiring: list[int]) -> list[Admission]:
         """Take waiting requests into the batch, as far as its limits and the cache allow."""
         if self._running and not self._worker.model.can_merge:
             return []
@@ -179,13 +177,24 @@ class Engine:
                 break
             if admissions and not self._worker.model.can_pad and len(request.prompt) != len(admissions[0].tokens):
                 break
+            sampling = request.sampling
+            tokens = [len(admission.tokens) + admission.new_tokens for admission in admissions]
+            if not self._worker.has_room([*tokens, len(request.prompt) + sampling.max_tokens], retiring):
+                break
             self._waiting.popleft()
             request.home = self._choose_home()
             self._running[request.number] = request
             seed = request.sampling.seed if request.sampling.seed is not None else random.getrandbits(62)
-            sampling = request.sampling
             admissions.append(
-                Admission(request.number, request.prompt, request.home, sampling.temperature, sampling.top_p, seed)
+                Admission(
+                    request.number,
+                    request.prompt,
+                    request.home,
+                    sampling.temperature,
+                    sampling.top_p,
+                    seed,
+                    sampling.max_tokens,
+                )
             )
         return admissions
 
@@ -220,12 +229,3 @@ class Engine:
         del self._running[request.number]
         self._retire.append(request.number)
         request.on_event(event)
-
-
-def eos_token_ids(model: torch.nn.Module) -> list[int]:
-    """End-of-sequence tokens of a Transformers model, from its generation configuration, else its configuration."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        found = getattr(config, "eos_token_id", None)
-        if found is not None:
-            return [int(token) for token in found] if isinstance(found, list) else [int(found)]
-    return []

@@ -33,6 +33,9 @@ class EngineSettings(Settings):
         dtype: ``auto`` (the checkpoint's on GPUs, float32 on CPUs), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``, ``cpu`` or ``cuda``.
         exchange: ``allreduce`` or ``alltoall``; None takes the plan's.
+        path: ``native`` (the project's own decoder), ``universal`` (Transformers' model with its experts replaced), or
+            ``auto``: native where it serves the model, said in the log.
+        cache_tokens: tokens whose keys and values the native path keeps room for; None takes what memory allows.
         max_sequences: the most sequences decoded together.
         max_prefill_tokens: the most prompt tokens, padding included, prefilled in one step.
         rank_timeout_s: a rank that does not answer for so long is lost.
@@ -43,6 +46,8 @@ class EngineSettings(Settings):
     dtype: str = "auto"
     device: str = "auto"
     exchange: str | None = None
+    path: str = "auto"
+    cache_tokens: int | None = None
     max_sequences: int = 64
     max_prefill_tokens: int = 8192
     rank_timeout_s: float = 120.0
@@ -53,6 +58,7 @@ class EngineSettings(Settings):
             ("dtype", self.dtype, ("auto", *DTYPES)),
             ("device", self.device, ("auto", "cpu", "cuda")),
             ("exchange", self.exchange, (None, "allreduce", "alltoall")),
+            ("path", self.path, ("auto", "native", "universal")),
         ):
             if value not in allowed:
                 raise ModelError(f"{name}={value}: expected one of {', '.join(map(str, allowed))}")
@@ -60,7 +66,10 @@ class EngineSettings(Settings):
             raise ModelError(
                 f"model={self.model}: expected a directory or a hub id; write a number as model=./{self.model}"
             )
-        for name, count in (("max_sequences", self.max_sequences), ("max_prefill_tokens", self.max_prefill_tokens)):
+        counts = [("max_sequences", self.max_sequences), ("max_prefill_tokens", self.max_prefill_tokens)]
+        if self.cache_tokens is not None:
+            counts.append(("cache_tokens", self.cache_tokens))
+        for name, count in counts:
             if type(count) is not int or count < 1:
                 raise ModelError(f"{name}={count}: expected an integer of at least 1")
         timeout = self.rank_timeout_s

@@ -14,13 +14,15 @@ from placement.plan import PlacementPlan
 from profiler.fingerprint import model_fingerprint
 from runtime.checkpoint import load_shard
 from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
-from runtime.engine import Engine, eos_token_ids
+from runtime.engine import Engine
 from runtime.errors import InputError, ModelError, one_line
 from runtime.exchange import EXCHANGES
 from runtime.launcher import LocalRanks
+from runtime.native.loading import choose_native, load_native
 from runtime.random_weights import random_shard
 from runtime.settings import EngineSettings
 from runtime.worker import RankWorker, local_slots
+from runtime.worker_interface import Worker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,14 +45,13 @@ class Run:
     plan: PlacementPlan
     model_path: str
     group: RankGroup
-    worker: RankWorker
+    worker: Worker
     ranks: LocalRanks | None
 
     def start_engine(self, settings: EngineSettings) -> Engine:
         """The engine of rank 0 (not yet running)."""
-        config = self.worker.model.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or 4096
-        return Engine(self.worker, settings, eos_token_ids(self.worker.model.model), int(context))
+        facts = self.worker.facts
+        return Engine(self.worker, settings, facts.eos_token_ids, facts.max_context)
 
     def close(self) -> None:
         """End the ranks; they must have been told to stop, or are killed."""
@@ -173,7 +174,7 @@ def join_group(address: RankAddress, settings: EngineSettings) -> RankGroup:
     return RankGroup(address, device, choose_backend(device, address), settings.rank_timeout_s)
 
 
-def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> RankWorker:
+def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> Worker:
     """Load every rank's shard; where any rank fails, all stop, and rank 0 alone says why.
 
     Raises:
@@ -198,8 +199,11 @@ def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, gro
     raise ModelError(where + errors[failed[0]])
 
 
-def load_worker(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> RankWorker:
-    """Load this rank's shard of the model and put it to work in the group."""
+def load_worker(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> Worker:
+    """Load this rank's shard of the model, on the native path or the universal one, and put it to work in the group."""
+    shape = choose_native(model, settings, group)
+    if shape is not None:
+        return load_native(plan, model, shape, settings, group)
     load: Any = random_shard if settings.weights == "random" else load_shard
     shard, report = load(model, local_slots(plan, group.rank), settings.torch_dtype(group.device), group.device)
     return RankWorker(shard, report, plan, group, settings.exchange or plan.workload.exchange)

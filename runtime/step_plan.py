@@ -18,6 +18,7 @@ class Admission:
         temperature: of its sampler.
         top_p: of its sampler.
         seed: of its sampler.
+        new_tokens: the most that will be generated, for which the native path keeps room.
     """
 
     sequence: int
@@ -26,6 +27,7 @@ class Admission:
     temperature: float
     top_p: float
     seed: int
+    new_tokens: int = 1
 
 
 @dataclass(frozen=True)

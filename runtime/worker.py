@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,18 +12,17 @@ from placement.plan import PlacementPlan
 from profiler.seam import MoELayer
 from runtime.batch import CausalModel, SequenceBatch
 from runtime.checkpoint import LoadReport
-from runtime.context import StepContext
+from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, StepPlan
+from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
 
-NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
 
-
-class RankWorker:
-    """Executes step plans; all ranks run the same plans in the same order.
+class RankWorker(Worker):
+    """Executes step plans on the universal path.
 
     Args:
         model: this rank's shard (from `load_shard` or `random_shard`).
@@ -35,6 +35,7 @@ class RankWorker:
     def __init__(self, model: Any, report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str) -> None:
         self.group, self.context = group, StepContext()
         self.model = CausalModel(model)
+        self.facts = model_facts(model)
         self.everyone_holds_all = exchange == "allreduce"
         self.layers = report.layers
         # Only in ``alltoall`` can a rank be without sequences.
@@ -45,20 +46,16 @@ class RankWorker:
         self._samplers: dict[int, Sampler] = {}
         self._batch: SequenceBatch | None = None
 
-    def serve(self) -> None:
-        """Follow rank 0's plans until it says stop (ranks other than 0)."""
-        while True:
-            step = StepPlan.from_json(self.group.broadcast_json())
-            if step.stop:
-                return
-            self.execute(step)
+    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
+        """Always: Transformers' cache grows with its sequences; see `Worker.has_room`."""
+        return True
+
+    def replay(self, routes: torch.Tensor | None) -> None:
+        """Take routes as given; see `Worker.replay`."""
+        self.context.forced_routes = None if routes is None else _Replay(routes)
 
     def execute(self, step: StepPlan) -> dict[int, int]:
-        """Run one step.
-
-        Returns:
-            The new token of every sequence that took part, on every rank; `NO_TOKEN` where there is none.
-        """
+        """Run one step; see `Worker.execute`."""
         self._retire(step.retire)
         if step.admit:
             taking_part = {admission.sequence: admission.home for admission in step.admit}
@@ -153,6 +150,19 @@ class RankWorker:
         return {sequence: found[sequence] for sequence in homes}
 
 
+class _Replay:
+    """Replaces the ids of every layer's routes, and goes to the next step with the first layer."""
+
+    def __init__(self, routes: torch.Tensor) -> None:
+        self._steps = iter(routes)
+        self._ids = routes[0]
+
+    def __call__(self, layer: int, routes: Routes) -> Routes:
+        if layer == 0:
+            self._ids = next(self._steps).to(routes[0].device)
+        return self._ids[layer].to(routes[0].dtype), routes[1]
+
+
 def _record_empty_calls(model: CausalModel, layers: list[MoELayer]) -> list[tuple[torch.Tensor, ...]]:
     """Arguments of every layer's experts for no tokens, cut from one pass without experts.
 
@@ -169,6 +179,14 @@ def _record_empty_calls(model: CausalModel, layers: list[MoELayer]) -> list[tupl
         layer.experts.forward = functools.partial(record, layer.layer_id)
     model.prefill([0], [[0]])
     return [calls[layer.layer_id] for layer in layers]
+
+
+def model_facts(model: Any) -> ModelFacts:
+    """What a Transformers model's configuration says of it."""
+    config = model.config.get_text_config()
+    context = int(getattr(config, "max_position_embeddings", None) or 4096)
+    eos = eos_token_ids(getattr(model, "generation_config", None), model.config)
+    return ModelFacts("universal", config.vocab_size, model.dtype, context, eos)
 
 
 def local_slots(plan: PlacementPlan, rank: int) -> dict[int, tuple[int, ...]]:

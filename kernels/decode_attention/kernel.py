@@ -212,7 +212,7 @@ def decode_attention_triton(
         "D": head_size,
         "WINDOW": window or 0,
         "SINKS": sinks is not None,
-        "BLOCK_D": triton.next_power_of_2(head_size),
+        "BLOCK_D": max(triton.next_power_of_2(head_size), MIN_ROWS),
         "BLOCK": tiles.block,
         "LOG2_E": LOG2_E,
         **overlap(q),

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from profiler.errors import InputError
-from runtime.engine import Engine, eos_token_ids
+from runtime.engine import Engine
 from runtime.requests import EngineError, SamplingParameters, TokenEvent
 from runtime.settings import EngineSettings
 from runtime.step_plan import StepPlan
-from runtime.worker import NO_TOKEN
+from runtime.worker_interface import NO_TOKEN, eos_token_ids
 from tests.support.fake_worker import WAIT_S, FakeWorker, Listener, wait_until
 
 EOS = 2
@@ -301,12 +301,11 @@ def test_many_requests_from_many_threads(make: Make) -> None:
 
 
 def test_eos_of_a_model() -> None:
-    def model(generation: Any, own: Any) -> Any:
-        return SimpleNamespace(
-            generation_config=SimpleNamespace(eos_token_id=generation), config=SimpleNamespace(eos_token_id=own)
-        )
+    def find(generation: Any, own: Any) -> tuple[int, ...]:
+        return eos_token_ids(SimpleNamespace(eos_token_id=generation), SimpleNamespace(eos_token_id=own))
 
-    assert eos_token_ids(model([1, 2], 3)) == [1, 2]
-    assert eos_token_ids(model(None, 3)) == [3]
-    assert eos_token_ids(model(0, 3)) == [0]
-    assert eos_token_ids(model(None, None)) == []
+    assert find([1, 2], 3) == (1, 2)
+    assert find(None, 3) == (3,)
+    assert find(0, 3) == (0,)
+    assert find(None, None) == ()
+    assert eos_token_ids(None, SimpleNamespace(eos_token_id=4)) == (4,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +45,9 @@ class FakeWorker:
         for sequence in taking_part:
             self.steps[sequence] = self.steps.get(sequence, -1) + 1
         return {sequence: self.tokens(sequence, self.steps[sequence]) for sequence in taking_part}
+
+    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
+        return True
 
     @property
     def admitted(self) -> list[list[int]]:

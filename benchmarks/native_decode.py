@@ -1,0 +1,132 @@
+"""Time per decode step of the native path for a published shape with random weights, and what a step's time goes to.
+
+    python -m benchmarks.native_decode --shape qwen3-30b-a3b -o benchmarks/results/native_decode.json
+
+Every row states the copy bandwidth measured in the same run and the share of it that the step's reads make. With
+``--profile`` one more step per batch is traced, and the kernels it spent most time in are rows of kind ``profile``.
+Rows of shapes and batches that the file has already are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.expert_parallel_decode import make_plan
+from placement.atomic import write_atomically
+from runtime.bench import DecodeBenchmark, describe_machine, measure_copy, start_sequences, time_batch
+from runtime.launcher import LocalRanks
+from runtime.native.loading import choose_native, load_native
+from runtime.replay import RouteSource, route_source
+from runtime.settings import EngineSettings
+from runtime.start import Run, join_group
+from runtime.step_plan import StepPlan
+
+SHAPES = Path(__file__).parent / "shapes"
+KERNEL_ROWS = 16
+
+
+def start(flags: argparse.Namespace, batches: list[int]) -> tuple[Run, RouteSource | None]:
+    """The shape on this machine's GPU, with room for the largest batch alone."""
+    folder = str(SHAPES / flags.shape)
+    room = max(batches) * (flags.context + flags.steps + flags.warmup_steps + 2 * 64)
+    settings = EngineSettings(
+        weights="random", path="native", device=flags.device, max_sequences=max(batches), cache_tokens=room
+    )
+    ranks = LocalRanks(1)
+    group = join_group(ranks.address, settings)
+    shape = choose_native(folder, settings, group)
+    assert shape is not None
+    layers = [layer for layer, routed in enumerate(shape.moe_layers) if routed]
+    plan = make_plan("contiguous", shape.num_experts, shape.top_k, layers, 1)
+    worker = load_native(plan, folder, shape, settings, group, capture=False)
+    source = route_source(flags.routes, shape.num_experts, shape.top_k, len(layers), 0)
+    return Run(plan, folder, group, worker, ranks), source
+
+
+def profile_step(run: Run, benchmark: DecodeBenchmark, batch: int, source: RouteSource | None) -> list[dict[str, Any]]:
+    """The kernels of one decode step, by falling time; microseconds include no gaps between kernels."""
+    start_sequences(run, benchmark, batch)
+    if source is not None:
+        run.worker.replay(source.draw(3, batch))
+    for _ in range(2):
+        run.worker.execute(StepPlan())
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        run.worker.execute(StepPlan())
+        torch.cuda.synchronize()
+    run.worker.execute(StepPlan(retire=list(range(batch))))
+    run.worker.replay(None)
+    found = sorted(traced.key_averages(), key=lambda event: -event.self_device_time_total)[:KERNEL_ROWS]
+    return [
+        {
+            "kind": "profile",
+            "shape": Path(run.model_path).name,
+            "batch": batch,
+            "kernel": event.key[:90],
+            "calls_per_step": event.count,
+            "us_per_step": event.self_device_time_total,
+        }
+        for event in found
+    ]
+
+
+def merge(output: Path, document: dict[str, Any]) -> None:
+    """Write the document together with the rows of other shapes and batches that the file has."""
+    rows = document["rows"]
+    if output.exists():
+        mine = {(row["shape"], row["batch"]) for row in rows}
+        kept = json.loads(output.read_text())["rows"]
+        document["rows"] = [row for row in kept if (row["shape"], row["batch"]) not in mine] + rows
+    write_atomically(output, json.dumps(document, indent=1) + "\n")
+
+
+def parse_flags() -> argparse.Namespace:
+    """Flags of the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", required=True, help="folder of benchmarks/shapes")
+    parser.add_argument("-o", "--output", required=True, help="JSON file of the rows")
+    parser.add_argument("--batches", default="1,8,32,128,256")
+    parser.add_argument("--context", type=int, default=136, help="tokens before the first timed step")
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--warmup-steps", type=int, default=8)
+    parser.add_argument("--routes", default="uniform")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Time every batch size, and profile a step of each if asked."""
+    flags = parse_flags()
+    batches = [int(size) for size in flags.batches.split(",")]
+    run, source = start(flags, batches)
+    benchmark = DecodeBenchmark(tuple(batches), flags.context, flags.steps, flags.warmup_steps, 0, flags.routes)
+    copy_bytes_per_s = measure_copy(run.group.device)
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        row: dict[str, Any] = {
+            "kind": "decode",
+            "device": torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU",
+        }
+        row |= time_batch(run, benchmark, batch, source, copy_bytes_per_s)
+        rows.append(row)
+        figures = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
+        print(flags.shape, "batch", batch, figures, flush=True)
+        if flags.profile:
+            kernels = profile_step(run, benchmark, batch, source)
+            for kernel in kernels:
+                print(
+                    f"{kernel['us_per_step']:>10.1f} us {kernel['calls_per_step']:>5} x {kernel['kernel']}", flush=True
+                )
+            rows += kernels
+    merge(Path(flags.output), describe_machine(run.group) | {"rows": rows})
+    run.close()
+
+
+if __name__ == "__main__":
+    main()

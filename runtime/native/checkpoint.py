@@ -1,0 +1,93 @@
+"""Fills the decoder's weights from Hugging Face safetensors, straight from the mapped files, or with random numbers."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from runtime.errors import ModelError, one_line
+from runtime.native.weights import Part
+
+NUM_THREADS = 8
+STANDARD_DEVIATION = 0.02
+
+
+def fill_from_checkpoint(path: str, parts: Sequence[Part]) -> None:
+    """Copy every part out of a model's files; foreign experts are never read.
+
+    Args:
+        path: directory with safetensors files, or a hub id.
+        parts: from `runtime.native.weights.allocate`.
+
+    Raises:
+        ModelError: the model cannot be found or read, or lacks a tensor, or one has another shape.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        files = tensor_files(path)
+        by_file: dict[Path, list[Part]] = {}
+        for part in parts:
+            if part.name not in files:
+                raise ModelError(
+                    f"model {path}: the checkpoint lacks {part.name}; is the download complete? Other layouts are read "
+                    "with path=universal"
+                )
+            by_file.setdefault(files[part.name], []).append(part)
+        shares = [(file, own[start::NUM_THREADS]) for file, own in by_file.items() for start in range(NUM_THREADS)]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            list(pool.map(lambda share: _copy_parts(*share), shares))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError(f"model {path}: cannot be loaded ({one_line(error)}); copy or download it again") from error
+
+
+def tensor_files(path: str) -> dict[str, Path]:
+    """The safetensors file of every tensor of a model."""
+    from safetensors import safe_open
+
+    folder = Path(path)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def _copy_parts(file: Path, parts: Sequence[Part]) -> None:
+    from safetensors import safe_open
+
+    if not parts:
+        return
+    with safe_open(file, framework="pt") as tensors:
+        for part in parts:
+            row = part.row  # either way only the mapped file is touched, and only where it is copied from
+            source = tensors.get_tensor(part.name) if row is None else tensors.get_slice(part.name)[row]
+            if part.arrange is not None:
+                source = part.arrange(source.to(part.destination.device))
+            if source.shape != part.destination.shape:
+                found, expected = list(source.shape), list(part.destination.shape)
+                raise ModelError(f"{part.name}: shape {found}, expected {expected}; config.json is of another model")
+            part.destination.copy_(source)
+
+
+def fill_with_random(parts: Sequence[Part], seed: int = 0) -> None:
+    """Draw every part on its device from a generator seeded by its name: all plans describe one model."""
+    if not parts:
+        return
+    generator = torch.Generator(device=parts[0].destination.device)
+    for part in parts:
+        if part.name.endswith("norm.weight"):
+            part.destination.fill_(1)
+        else:
+            generator.manual_seed((zlib.crc32(part.key.encode()) << 16) + seed)
+            part.destination.normal_(0, STANDARD_DEVIATION, generator=generator)

@@ -1,0 +1,136 @@
+"""The decoder's layers: one pass over tokens, the same for prefill and decode but for how they attend.
+
+Shape legend: T tokens, K choices per token, D model width, H query heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear, silu
+
+from kernels.combine import combine
+from kernels.grouped_gemm import down, gate_up
+from kernels.permute import Permutation
+from kernels.rms_norm import add_rms_norm
+from kernels.rope_cache import rope_cache
+from kernels.route import Routes
+from kernels.route_permute import route_permute
+from kernels.skinny_linear import skinny_linear
+from runtime.native.cache import PagedCache
+from runtime.native.families import DecoderShape
+from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
+
+# layer, rotated queries [T, H, d] -> [T, H, d]
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+# layer, the router's choice and the pairs of every slot -> what is used instead
+ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
+
+
+@dataclass
+class Decoder:
+    """A model on this rank.
+
+    Attributes:
+        shape: its parameters.
+        weights: in the operators' layout.
+        cache: of keys and values.
+        rotary: float32 ``[positions, 2, d/2]``.
+        replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
+            their permutation.
+    """
+
+    shape: DecoderShape
+    weights: DecoderWeights
+    cache: PagedCache
+    rotary: torch.Tensor
+    replace_routes: ReplaceRoutes | None = None
+
+
+def run_layers(
+    decoder: Decoder, tokens: torch.Tensor, positions: torch.Tensor, slot_index: torch.Tensor, attend: Attend
+) -> torch.Tensor:
+    """Feed tokens through all layers; their keys and values go into the cache.
+
+    Args:
+        decoder: the model.
+        tokens: ids, int64 ``[T]``.
+        positions: int32 ``[T]``.
+        slot_index: where each token is cached, ``page * page_size + offset``, int64 ``[T]``; -1 caches nothing.
+        attend: attention over the cache.
+
+    Returns:
+        Hidden states after the last norm ``[T, D]``.
+    """
+    shape, weights, cache = decoder.shape, decoder.weights, decoder.cache
+    layers = weights.layers
+    residual, normed = add_rms_norm(weights.embedding[tokens], None, layers[0].input_norm, shape.eps)
+    for number, layer in enumerate(layers):
+        qkv = skinny_linear(normed, layer.qkv, layer.qkv_bias)
+        q = rope_cache(
+            qkv,
+            positions,
+            decoder.rotary,
+            cache.keys[number],
+            cache.values[number],
+            slot_index,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=shape.eps,
+        )
+        attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
+        residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
+        next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
+        residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
+    return normed
+
+
+def _feed_forward(
+    decoder: Decoder, number: int, residual: torch.Tensor, normed: torch.Tensor, next_norm: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A layer's experts or MLP, the residual, and the next layer's norm; both ``[T, D]``."""
+    layer, eps = decoder.weights.layers[number], decoder.shape.eps
+    if layer.experts is None:
+        assert layer.mlp is not None
+        return add_rms_norm(gated_mlp(normed, layer.mlp), residual, next_norm, eps)
+    routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
+    if decoder.replace_routes is not None:
+        routes, permutation = decoder.replace_routes(number, routes, permutation)
+    pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
+    return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
+
+
+def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
+    """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
+    logits = skinny_linear(normed, experts.router, experts.router_bias)
+    return route_permute(
+        logits,
+        len(experts.gate_up),
+        top_k=shape.top_k,
+        renormalise=shape.renormalise,
+        slot_of_expert=experts.slot_of_expert,
+    )
+
+
+def run_experts(
+    shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, permutation: Permutation
+) -> torch.Tensor:
+    """Outputs of this rank's slots for every pair, not yet weighted, ``[T·K, D]``."""
+    inner = gate_up(normed, experts.gate_up, permutation, shape.top_k, shape.activation, experts.gate_up_bias)
+    return down(inner, experts.down, permutation, experts.down_bias)
+
+
+def shared_expert(normed: torch.Tensor, layer: LayerWeights) -> torch.Tensor | None:
+    """Output of the expert that serves every token, weighed by its gate, ``[T, D]``; None where there is none."""
+    if layer.mlp is None:
+        return None
+    output = gated_mlp(normed, layer.mlp)
+    return output if layer.shared_gate is None else output * torch.sigmoid(linear(normed, layer.shared_gate))
+
+
+def gated_mlp(normed: torch.Tensor, mlp: MlpWeights) -> torch.Tensor:
+    """A SiLU-gated MLP, ``[T, D]``."""
+    gate, up = linear(normed, mlp.gate_up).chunk(2, dim=-1)
+    return linear(silu(gate) * up, mlp.down)

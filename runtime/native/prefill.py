@@ -1,0 +1,113 @@
+"""Feeding prompts: passes of bounded size, in which sequences at the same place of their prompts attend together.
+
+Shape legend: N sequences, L tokens of each, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from runtime.native.forward import Decoder, run_layers
+from runtime.native.prefill_attention import prefill_attention
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the pages of its sequence, which hold all of it."""
+
+    tokens: list[int]
+    pages: list[int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``start`` to ``stop`` of the prompt with this number."""
+
+    number: int
+    start: int
+    stop: int
+
+
+def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[Piece]]:
+    """Cut prompts into passes of at most so many tokens, in order; a pass has at most one piece of a prompt."""
+    passes: list[list[Piece]] = [[]]
+    free = max_tokens
+    for number, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if free == 0:
+                passes.append([])
+                free = max_tokens
+            stop = min(length, start + free)
+            passes[-1].append(Piece(number, start, stop))
+            free -= stop - start
+            start = stop
+    return passes
+
+
+@torch.inference_mode()
+def prefill(decoder: Decoder, prompts: Sequence[Prompt], max_tokens: int) -> torch.Tensor:
+    """Feed whole prompts.
+
+    Args:
+        decoder: the model, into whose cache keys and values go.
+        prompts: with the pages of their sequences.
+        max_tokens: fed in one pass.
+
+    Returns:
+        Hidden states of each prompt's last token, after the last norm, ``[prompts, D]``.
+    """
+    last = decoder.weights.norm.new_empty((len(prompts), decoder.shape.width))
+    for pieces in plan_passes([len(prompt.tokens) for prompt in prompts], max_tokens):
+        groups = _group(pieces)
+        hidden = _run_pass(decoder, prompts, groups)
+        ordered = [piece for group in groups for piece in group]
+        ends = torch.tensor([piece.stop - piece.start for piece in ordered]).cumsum(0) - 1
+        last[[piece.number for piece in ordered]] = hidden[ends.to(hidden.device)]
+    return last
+
+
+def _group(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces with the same start and stop together."""
+
+    def place(piece: Piece) -> tuple[int, int]:
+        return piece.start, piece.stop
+
+    return [list(group) for _, group in groupby(sorted(pieces, key=place), place)]
+
+
+def _run_pass(decoder: Decoder, prompts: Sequence[Prompt], groups: list[list[Piece]]) -> torch.Tensor:
+    device, page_size = decoder.rotary.device, decoder.cache.page_size
+    tokens, positions = [], []
+    cached = []  # per group, where the tokens so far of its sequences are cached, [N, S]
+    for group in groups:
+        start, stop = group[0].start, group[0].stop
+        place = torch.arange(stop)
+        pages = torch.tensor([prompts[piece.number].pages[: -(-stop // page_size)] for piece in group])
+        cached.append((pages[:, place // page_size] * page_size + place % page_size).to(device))
+        tokens += [token for piece in group for token in prompts[piece.number].tokens[start:stop]]
+        positions += list(range(start, stop)) * len(group)
+    new = torch.cat([index[:, group[0].start :].flatten() for index, group in zip(cached, groups, strict=True)])
+
+    def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+        sinks, window = decoder.weights.layers[layer].sinks, decoder.shape.windows[layer]
+        keys, values = decoder.cache.keys[layer].flatten(0, 1), decoder.cache.values[layer].flatten(0, 1)
+        sizes = [len(group) * (group[0].stop - group[0].start) for group in groups]
+        outputs = []
+        for queries, index, group in zip(q.split(sizes), cached, groups, strict=True):
+            queries = queries.unflatten(0, (len(group), -1))
+            attended = prefill_attention(queries, keys[index], values[index], decoder.shape.scale, window, sinks)
+            outputs.append(attended.flatten(0, 1))
+        return torch.cat(outputs)
+
+    return run_layers(
+        decoder,
+        torch.tensor(tokens, device=device),
+        torch.tensor(positions, dtype=torch.int32, device=device),
+        new,
+        attend,
+    )

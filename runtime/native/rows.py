@@ -1,0 +1,104 @@
+"""The running sequences as a decode step reads them: one row each in fixed buffers on the device.
+
+A step leaves the buffers ready for the next one, so that nothing is uploaded while the same sequences run.
+
+Shape legend: B rows, C pages of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class RunningSequence:
+    """A sequence between two steps.
+
+    Attributes:
+        pages: that it holds, in order.
+        position: of ``token``, which is fed next.
+        token: its newest.
+        temperature: of its sampler.
+        top_p: of its sampler.
+        seed: of its sampler.
+    """
+
+    pages: list[int]
+    position: int
+    token: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass
+class Rows:
+    """What a step reads and leaves, all on the device.
+
+    Attributes:
+        tokens: to be fed, int64 ``[B]``.
+        positions: of these tokens, int32 ``[B]``.
+        stored: 1 where the row is a sequence's own; padding repeats row 0 and caches nothing; int64 ``[B]``.
+        page_table: int32 ``[B, C]``.
+        temperature: float32 ``[B]``.
+        top_p: float32 ``[B]``.
+        seeds: int64 ``[B]``.
+        sampled: the step's new tokens, -1 where the logits are not finite, int64 ``[B]``.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    stored: torch.Tensor
+    page_table: torch.Tensor
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    seeds: torch.Tensor
+    sampled: torch.Tensor
+
+    @staticmethod
+    def empty(num_rows: int, num_pages: int, device: torch.device) -> Rows:
+        """Rows that feed token 0 at position 0 of page 0 and cache nothing."""
+        integers = torch.zeros((4, num_rows), dtype=torch.int64, device=device)
+        numbers = torch.zeros((2, num_rows), dtype=torch.float32, device=device)
+        return Rows(
+            tokens=integers[0],
+            positions=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            stored=integers[1],
+            page_table=torch.zeros((num_rows, num_pages), dtype=torch.int32, device=device),
+            temperature=numbers[0],
+            top_p=numbers[1] + 1,
+            seeds=integers[2],
+            sampled=integers[3],
+        )
+
+    def clear(self) -> None:
+        """Back to what `empty` makes: what is left of ended sequences would write into pages that others have now."""
+        for tensor in (self.tokens, self.positions, self.stored, self.page_table):
+            tensor.zero_()
+
+    def fill(self, sequences: Sequence[RunningSequence]) -> None:
+        """Lay sequences out, one per row; further rows repeat the first one without caching.
+
+        Repeated rows choose the same experts as the row that they repeat, so that padding reads no further weights.
+        """
+        padding = len(self.tokens) - len(sequences)
+        rows = [*sequences, *[sequences[0]] * padding]
+        pages = torch.zeros(self.page_table.shape, dtype=torch.int32)
+        for row, sequence in enumerate(rows):
+            held = sequence.pages[: pages.shape[1]]
+            pages[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
+        self.page_table.copy_(pages)
+        self.tokens.copy_(torch.tensor([sequence.token for sequence in rows]))
+        self.positions.copy_(torch.tensor([sequence.position for sequence in rows], dtype=torch.int32))
+        self.stored.copy_(torch.tensor([1] * len(sequences) + [0] * padding))
+        self.temperature.copy_(torch.tensor([sequence.temperature for sequence in rows], dtype=torch.float32))
+        self.top_p.copy_(torch.tensor([sequence.top_p for sequence in rows], dtype=torch.float32))
+        self.seeds.copy_(torch.tensor([sequence.seed for sequence in rows]))
+
+    def slot_index(self, page_size: int) -> torch.Tensor:
+        """Where this step's keys and values are cached, int64 ``[B]``; -1 for padding."""
+        page = self.page_table.gather(1, (self.positions // page_size).long()[:, None])[:, 0].long()
+        return (page * page_size + self.positions % page_size + 1) * self.stored - 1

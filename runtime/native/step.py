@@ -1,0 +1,80 @@
+"""The decode step: from each row's token to its next, eagerly or as a CUDA graph per size.
+
+Shape legend: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from kernels.decode_attention import decode_attention
+from kernels.sample import sample
+from runtime.native.forward import Decoder, run_layers
+from runtime.native.rows import Rows
+from runtime.worker_interface import NO_TOKEN
+
+
+@torch.inference_mode()
+def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
+    """Feed every row's token, sample the next ones, and leave the rows ready to feed these.
+
+    Args:
+        decoder: the model, into whose cache the tokens' keys and values go.
+        rows: read and advanced in place; ``rows.sampled`` has the new tokens.
+        nucleus: whether any row's ``top_p`` is below 1.
+
+    Returns:
+        Logits ``[B, V]`` after the tokens that were fed.
+    """
+    shape, cache = decoder.shape, decoder.cache
+    lengths = rows.positions + 1
+
+    def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+        return decode_attention(
+            q,
+            cache.keys[layer],
+            cache.values[layer],
+            rows.page_table,
+            lengths,
+            shape.scale,
+            shape.windows[layer],
+            decoder.weights.layers[layer].sinks,
+        )
+
+    hidden = run_layers(decoder, rows.tokens, rows.positions, rows.slot_index(cache.page_size), attend)
+    logits = linear(hidden, decoder.weights.head)
+    chosen = sample(logits, rows.temperature, rows.seeds, lengths, rows.top_p if nucleus else None)
+    rows.tokens.copy_(chosen)
+    rows.positions.copy_(lengths)
+    rows.sampled.copy_(chosen.where(logits.amax(dim=-1).isfinite(), NO_TOKEN))
+    return logits
+
+
+class GraphedStep:
+    """One size of the decode step, captured: the same rows and memory at every replay.
+
+    Args:
+        decoder: the model.
+        rows: of this size; they must be filled again after capturing, which runs the step.
+        nucleus: as in `decode_step`.
+        pool: handle of the memory shared by graphs that never run at the same time.
+    """
+
+    def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool, pool: Any) -> None:
+        rows.clear()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles kernels and sets up libraries, which cannot be done while capturing
+            decode_step(decoder, rows, nucleus)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.logits = decode_step(decoder, rows, nucleus)
+
+    def __call__(self) -> torch.Tensor:
+        """Replay; logits ``[B, V]``, overwritten by the next replay of any graph."""
+        self._graph.replay()
+        return self.logits

@@ -1,0 +1,115 @@
+"""What the engine and the benchmarks ask of a rank's worker, on whichever path it runs the model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from runtime.distributed import RankGroup
+from runtime.step_plan import StepPlan
+
+NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
+
+
+@dataclass(frozen=True)
+class StepReads:
+    """What a decode step must read from memory.
+
+    Attributes:
+        expert_bytes: of one expert in one layer.
+        num_moe_layers: layers with routed experts.
+        other_bytes: of all other weights that every step reads.
+        kv_bytes: of one token's keys and values in one layer.
+        windows: per layer, the last so many tokens that it reads, or None for all.
+    """
+
+    expert_bytes: int
+    num_moe_layers: int
+    other_bytes: int
+    kv_bytes: int
+    windows: tuple[int | None, ...]
+
+    def total(self, active_experts: float, batch: int, context: float) -> float:
+        """Bytes of a step of so many sequences with so many tokens each, and active experts per layer."""
+        tokens = sum(context if window is None else min(context, window) for window in self.windows)
+        experts = active_experts * self.num_moe_layers * self.expert_bytes
+        return experts + self.other_bytes + batch * tokens * self.kv_bytes
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is to be known of the loaded model.
+
+    Attributes:
+        path: ``native`` or ``universal``.
+        vocabulary: number of token ids.
+        dtype: of the weights.
+        max_context: the most tokens of one sequence, prompt and generated.
+        eos_token_ids: tokens that end a sequence.
+        reads: of a decode step, where the path knows.
+    """
+
+    path: str
+    vocabulary: int
+    dtype: torch.dtype
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    reads: StepReads | None = None
+
+
+class Worker(ABC):
+    """One rank at work: executes step plans; all ranks run the same plans in the same order.
+
+    Attributes:
+        group: all ranks.
+        facts: about the model.
+        model: says whether sequences may join a running batch (``can_merge``) and prompts of different lengths be
+            prefilled together (``can_pad``).
+        everyone_holds_all: whether every rank holds every sequence.
+    """
+
+    group: RankGroup
+    facts: ModelFacts
+    model: Any
+    everyone_holds_all: bool
+
+    @abstractmethod
+    def execute(self, step: StepPlan) -> dict[int, int]:
+        """Run one step.
+
+        Returns:
+            The new token of every sequence that took part, on every rank; `NO_TOKEN` where there is none.
+        """
+
+    @abstractmethod
+    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
+        """Whether new sequences of at most so many tokens each fit beside the running ones, without those retiring."""
+
+    @abstractmethod
+    def replay(self, routes: torch.Tensor | None) -> None:
+        """For measurements: take the experts of this rank's sequences in the next decode steps from here.
+
+        Args:
+            routes: logical ids, int32 ``[steps, MoE layers, sequences, K]``; None routes as usual again.
+        """
+
+    def serve(self) -> None:
+        """Follow rank 0's plans until it says stop (ranks other than 0)."""
+        while True:
+            step = StepPlan.from_json(self.group.broadcast_json())
+            if step.stop:
+                return
+            self.execute(step)
+
+
+def eos_token_ids(*configs: Any) -> tuple[int, ...]:
+    """End-of-sequence tokens from the first configuration that names any."""
+    for config in configs:
+        found = getattr(config, "eos_token_id", None)
+        if found is not None:
+            return tuple(int(token) for token in found) if isinstance(found, list) else (int(found),)
+    return ()

@@ -1,0 +1,112 @@
+"""Weights land where the operators read them, whatever the order of slots; broken checkpoints are told in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from runtime.errors import ModelError
+from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
+from runtime.native.families import read_shape
+from runtime.native.loading import step_reads
+from runtime.native.weights import DecoderWeights, Part, allocate
+from tests.support.native import native_model
+from tests.support.tiny_models import tiny_model
+
+CPU = torch.device("cpu")
+
+
+def make_room(path: str, held: list[int], dtype: torch.dtype = torch.float32) -> tuple[DecoderWeights, list[Part]]:
+    shape = read_shape(AutoConfig.from_pretrained(path))
+    weights, parts = allocate(shape, dict.fromkeys(range(shape.num_layers), held), dtype, CPU)
+    for part in parts:
+        part.destination.fill_(torch.nan)
+    return weights, parts
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_slots_hold_their_experts_and_nothing_is_left_out(family: str, saved_model: Callable[[str], str]) -> None:
+    path = saved_model(family)
+    whole, parts = make_room(path, list(range(8)))
+    fill_from_checkpoint(path, parts)
+    some, some_parts = make_room(path, [5, 0, 7])
+    fill_from_checkpoint(path, some_parts)
+    assert not any(part.destination.isnan().any() for part in (*parts, *some_parts))
+    for mine, all_of in zip(some.layers, whole.layers, strict=True):
+        assert mine.experts is not None
+        assert all_of.experts is not None
+        assert mine.experts.slot_of_expert.tolist() == [1, -1, -1, -1, -1, 0, -1, 2]
+        for name in ("gate_up", "down", "gate_up_bias", "down_bias"):
+            expected = getattr(all_of.experts, name)
+            if expected is not None:
+                assert torch.equal(getattr(mine.experts, name), expected[[5, 0, 7]])
+
+
+def test_dtype_is_converted_while_loading(saved_model: Callable[[str], str]) -> None:
+    path = saved_model("qwen3_moe")
+    exact, parts = make_room(path, list(range(8)))
+    fill_from_checkpoint(path, parts)
+    rounded, parts = make_room(path, list(range(8)), torch.bfloat16)
+    fill_from_checkpoint(path, parts)
+    assert torch.equal(rounded.layers[1].qkv, exact.layers[1].qkv.bfloat16())
+
+
+def test_random_weights_are_one_model_for_every_order_of_slots(saved_model: Callable[[str], str]) -> None:
+    drawn = []
+    for held in (list(range(8)), [5, 0, 7]):
+        weights, parts = make_room(saved_model("gpt_oss"), held)
+        fill_with_random(parts)
+        assert not any(part.destination.isnan().any() for part in parts)
+        drawn.append(weights)
+    whole, some = (weights.layers[0] for weights in drawn)
+    assert whole.experts is not None
+    assert some.experts is not None
+    assert torch.equal(some.experts.gate_up, whole.experts.gate_up[[5, 0, 7]])
+    assert torch.equal(some.qkv, whole.qkv)
+    assert len({float(expert.flatten()[0]) for expert in whole.experts.down}) == 8
+    assert float(whole.input_norm.min()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda tensors: tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight"),
+            "lacks .*experts.3.up_proj.weight",
+        ),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(33)}), r"model.norm.weight: shape \[33\]"),
+    ],
+)
+def test_broken_checkpoints(change: Callable[[dict[str, Any]], Any], reason: str, tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    _, parts = make_room(str(tmp_path), list(range(8)))
+    with pytest.raises(ModelError, match=reason) as error:
+        fill_from_checkpoint(str(tmp_path), parts)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_files(tmp_path: Path) -> None:
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    _, parts = make_room(str(tmp_path), list(range(8)))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        fill_from_checkpoint(str(tmp_path), parts)
+
+
+def test_bytes_of_a_step(saved_model: Callable[[str], str]) -> None:
+    """With every expert active, a step reads every weight once but the embedding, norms and biases."""
+    reads = step_reads(native_model(saved_model("qwen3_moe")).decoder)
+    tensors = load_file(Path(saved_model("qwen3_moe")) / "model.safetensors")
+    weights = sum(t.nbytes for name, t in tensors.items() if t.ndim == 2 and "embed" not in name)
+    assert reads.total(8, 0, 0) == weights
+    assert reads.total(0, 3, 10) - reads.total(0, 0, 10) == 3 * 10 * 3 * 2 * 2 * 8 * 4

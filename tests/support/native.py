@@ -1,0 +1,71 @@
+"""Native models from saved ones, and driving them by a schedule of arrivals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from runtime.native.families import read_shape
+from runtime.native.loading import load_decoder
+from runtime.native.model import NativeModel
+from runtime.settings import EngineSettings
+from runtime.step_plan import Admission
+
+
+def native_model(
+    path: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    slots: Sequence[int] | None = None,
+    page_size: int = 16,
+    graphs: bool = False,
+    **settings: Any,
+) -> NativeModel:
+    """Load a saved model; ``slots`` orders every layer's experts, by default as they are numbered."""
+    config = AutoConfig.from_pretrained(path)
+    shape = read_shape(config)
+    chosen = EngineSettings(**({"cache_tokens": 2048, "max_sequences": 8, "max_prefill_tokens": 24} | settings))
+    held = dict.fromkeys(range(shape.num_layers), slots or range(shape.num_experts))
+    decoder = load_decoder(path, config, shape, held, dtype, torch.device(device), chosen, page_size)
+    return NativeModel(decoder, chosen.max_sequences, chosen.max_prefill_tokens, graphs)
+
+
+def admission(number: int, prompt: Sequence[int], new_tokens: int) -> Admission:
+    """A greedy request."""
+    return Admission(number, list(prompt), 0, 0.0, 1.0, 0, new_tokens)
+
+
+class Recording:
+    """Tokens and float32 logits ``[V]`` of every sequence, step by step."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.logits: dict[int, list[np.ndarray]] = {}
+
+    def note(self, model: NativeModel, new: dict[int, int]) -> None:
+        """Add what a prefill or a step gave."""
+        assert model.logits is not None
+        for (sequence, token), row in zip(new.items(), model.logits.float().cpu().numpy(), strict=True):
+            self.tokens.setdefault(sequence, []).append(token)
+            self.logits.setdefault(sequence, []).append(row.copy())
+
+
+def drive(model: NativeModel, prompts: Sequence[Sequence[int]], arrivals: Sequence[int], new_tokens: int) -> Recording:
+    """Admit each prompt at its step and decode until all have so many tokens."""
+    recording = Recording()
+    step, ended = 0, []
+    while len(recording.tokens) < len(prompts) or model.running:
+        model.retire(ended)
+        due = [number for number, arrival in enumerate(arrivals[: len(prompts)]) if arrival == step]
+        if due:
+            recording.note(model, model.prefill([admission(n, prompts[n], new_tokens) for n in due]))
+        elif model.running:
+            recording.note(model, model.decode())
+        ended = [number for number in model.running if len(recording.tokens[number]) == new_tokens]
+        step += 1
+    return recording
