@@ -1,13 +1,15 @@
-"""Pictures of a profiler's report for the documentation: desktop in light colours, and a phone in dark ones.
+"""Pictures of a profiler's report for the documentation.
 
 python -m profiler report ../shared/traces/gpt-oss-20b.safetensors -o report.html
-python -m benchmarks.report_screenshots report.html docs/report-gpt-oss-20b.png docs/report-phone-dark.png
+python -m benchmarks.report_screenshots report.html docs/report-gpt-oss-20b.png --show top
+python -m benchmarks.report_screenshots report.html docs/report-phone-dark.png --show phone
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from selenium.webdriver import Chrome
 from benchmarks.headless_chromium import open_browser, open_report, prefer_dark, resize, wait_for_charts
 
 DESKTOP = (1120, 1560)  # CSS pixels: the summary and the first map
+MAPS = (760, 900)
+MAPS_PARTS = ("#popularity", "#affinity", "#coactivation", "#drift")
 PHONE = (360, 740)
 PHONE_PARTS = ("header", "#popularity", "#affinity", "#active")  # side by side, each one screen from its start
 GAP = 24
@@ -35,13 +39,25 @@ def desktop(browser: Chrome, page: Path) -> Image.Image:
     return capture(browser)
 
 
+def maps(browser: Chrome, page: Path) -> Image.Image:
+    """The maps of the page in light colours, side by side."""
+    resize(browser, *MAPS)
+    prefer_dark(browser, False)
+    return side_by_side(browser, page, MAPS_PARTS)
+
+
 def phone(browser: Chrome, page: Path) -> Image.Image:
-    """Several screens of the page on a phone, side by side."""
+    """Several screens of the page on a phone, in dark colours, side by side."""
     resize(browser, *PHONE, phone=True)
     prefer_dark(browser, True)
+    return side_by_side(browser, page, PHONE_PARTS)
+
+
+def side_by_side(browser: Chrome, page: Path, parts: Sequence[str]) -> Image.Image:
+    """One screen from the start of each part of the page, at half size."""
     open_report(browser, page)
     screens = []
-    for selector in PHONE_PARTS:
+    for selector in parts:
         browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({behavior: 'instant'})", selector)
         wait_for_charts(browser)
         screens.append(capture(browser))
@@ -53,16 +69,16 @@ def phone(browser: Chrome, page: Path) -> Image.Image:
 
 
 def main() -> None:
-    """Take both pictures."""
+    """Take one picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path, help="a report (.html)")
-    parser.add_argument("desktop", type=Path, help="picture to write (.png)")
-    parser.add_argument("phone", type=Path, help="picture to write (.png)")
+    parser.add_argument("picture", type=Path, help="picture to write (.png)")
+    parser.add_argument("--show", choices=("top", "maps", "phone"), default="top")
     flags = parser.parse_args()
+    take = {"top": desktop, "maps": maps, "phone": phone}[flags.show]
     with open_browser() as browser:
-        for take, path in ((desktop, flags.desktop), (phone, flags.phone)):
-            take(browser, flags.page).save(path, optimize=True)
-            print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+        take(browser, flags.page).save(flags.picture, optimize=True)
+    print(f"{flags.picture}: {flags.picture.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
