@@ -29,6 +29,7 @@ CACHE_SHARE = 0.9  # of the memory that weights and prefill leave free on a GPU
 GRAPH_BYTES = 1 << 30  # for the graphs' activations, the libraries' workspaces and the kernels' code
 COPIES_OF_KEYS = 8  # of `EXPANDED` numbers each, that attention of a prefill makes at most
 GENERATIONS = (9, 10)  # of GPUs whose multiprocessors have the shared memory that the tiles of the products take
+TRIED = 9  # the generation that the kernels have run on
 CPU_CACHE_BYTES = 4 << 30  # address space; pages take memory once they are written
 
 
@@ -50,6 +51,9 @@ def choose_native(model: str, settings: EngineSettings, group: RankGroup) -> Dec
     if settings.path == "auto" and group.device.type == "cpu":
         _say(group, "universal path: on CPUs the native one is for checking; path=native takes it")
         return None
+    if settings.path == "auto" and _generation(group.device) != TRIED:
+        _say(group, "universal path: the native one was never run on this generation of GPUs; path=native takes it")
+        return None
     _say(group, f"native path: {shape.family} on {group.device.type}")
     return shape
 
@@ -70,10 +74,17 @@ def _native_shape(model: str, settings: EngineSettings, group: RankGroup) -> Dec
     if group.device.type == "cuda":
         if settings.dtype == "auto" and getattr(config, "dtype", None) not in (None, *DTYPES.values()):
             raise NotNativeError(f"weights of {config.dtype}; the native path has {', '.join(DTYPES)}")
-        major, minor = torch.cuda.get_device_capability(group.device)
-        if major not in GENERATIONS:
-            raise NotNativeError(f"GPU of compute capability {major}.{minor}; the kernels are for 9.x and 10.x")
+        if _generation(group.device) not in GENERATIONS:
+            raise NotNativeError(
+                f"GPU of compute capability {_generation(group.device)}.x; the kernels take "
+                f"{' or '.join(f'{generation}.x' for generation in GENERATIONS)}"
+            )
     return shape
+
+
+def _generation(device: torch.device) -> int:
+    """The major number of a GPU's compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def load_config(model: str) -> Any:
@@ -115,10 +126,11 @@ def load_native(
     if device.type == "cuda" and capture:
         native.capture(settings.max_sequences)
     logger.info(
-        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens",
+        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
         loaded_s - start_s,
         time.perf_counter() - loaded_s,
         decoder.cache.num_tokens,
+        native.max_context,
     )
     eos = eos_token_ids(_generation_config(model), config)
     facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, step_reads(decoder))

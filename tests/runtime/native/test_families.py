@@ -77,19 +77,22 @@ def test_the_choice_by_device_and_ranks(tmp_path: Any, caplog: pytest.LogCapture
         EngineSettings(path="fast")
 
 
-@pytest.mark.parametrize(("capability", "served"), [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
-def test_gpus_with_little_shared_memory_stay_on_the_universal_path(
-    capability: tuple[int, int],
-    served: bool,
-    tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize(
+    ("generation", "reason"), [(8, "compute capability 8.x"), (10, "never run"), (12, "compute capability 12.x")]
+)
+def test_other_gpus_stay_on_the_universal_path(
+    generation: int, reason: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     path = saved_config(tmp_path, "qwen3_moe")
     with caplog.at_level(logging.INFO):
-        assert (choose_native(path, EngineSettings(), GPU_GROUP) is not None) == served
-    assert served or f"compute capability {capability[0]}.{capability[1]}" in caplog.text
+        assert choose_native(path, EngineSettings(), GPU_GROUP) is None
+    assert reason in caplog.text
+    if generation == 10:
+        assert choose_native(path, EngineSettings(path="native"), GPU_GROUP) is not None
+    else:
+        with pytest.raises(ModelError, match=reason):
+            choose_native(path, EngineSettings(path="native"), GPU_GROUP)
 
 
 def test_weights_of_a_dtype_that_no_kernel_takes(tmp_path: Any) -> None:
