@@ -21,6 +21,7 @@ from runtime.native.rope import rotary_table
 from runtime.native.weights import Slots, allocate
 from runtime.native.worker import NativeWorker
 from runtime.settings import DTYPES, EngineSettings
+from runtime.worker import local_slots
 from runtime.worker_interface import ModelFacts, StepReads, eos_token_ids
 
 logger = logging.getLogger(__name__)
@@ -119,8 +120,7 @@ def load_native(
     dtype = settings.torch_dtype(device)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    slots = {layer: plan.slots[index][group.rank] for index, layer in enumerate(plan.layer_ids)}
-    decoder = load_decoder(model, config, shape, slots, dtype, device, settings)
+    decoder = load_decoder(model, config, shape, local_slots(plan, group.rank), dtype, device, settings)
     loaded_s = time.perf_counter()
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
     if device.type == "cuda" and capture:
