@@ -41,9 +41,6 @@ class RouteSource:
 
         Returns:
             Logical ids, int32 ``[S, L, T, K]``, distinct within each choice.
-
-        Raises:
-            InputError: the trace is not of this model's shape.
         """
         rng = np.random.default_rng((self.seed, num_tokens, rank))
         if self.name == "uniform":
@@ -65,17 +62,8 @@ class RouteSource:
     def _replay(self, rng: np.random.Generator, num_steps: int, num_tokens: int) -> np.ndarray:
         """Every row follows unseen sequences through their generated tokens, one after the other."""
         with RoutingTrace.open(self.name) as trace:
-            found = (trace.num_experts, trace.top_k, trace.num_layers)
-            if found != (self.num_experts, self.top_k, self.num_layers):
-                expected = f"{self.num_experts} experts, {self.top_k} choices and {self.num_layers} MoE layers"
-                raise InputError(
-                    f"routes={self.name}: {found[0]} experts, {found[1]} choices and {found[2]} MoE layers, expected "
-                    f"{expected}; give a trace of this model, or routes=uniform"
-                )
             sequence = trace.sequence()
-            tokens = np.flatnonzero((sequence % 2 == 1) & (trace.decode() == 1))
-            if not len(tokens):
-                raise InputError(f"routes={self.name}: no odd sequence has generated tokens; record longer answers")
+            tokens = _replayed_tokens(trace)
             starts = np.flatnonzero(np.diff(sequence[tokens], prepend=-1))
             first = rng.choice(starts, num_tokens)  # each row begins at the beginning of a sequence
             rows = tokens[(first[None, :] + np.arange(num_steps)[:, None]) % len(tokens)]  # [S, T]
@@ -87,13 +75,30 @@ def route_source(name: str, num_experts: int, top_k: int, num_layers: int, seed:
     """The source that the setting ``routes`` names; None for ``model``, which routes as usual.
 
     Raises:
-        InputError: it names neither ``model`` nor ``uniform`` nor a file.
+        InputError: it names neither ``model`` nor ``uniform`` nor a file, or a trace that is not of this model's shape
+            or without generated tokens.
     """
     if name == "model":
         return None
     if name != "uniform" and not Path(name).is_file():
         raise InputError(f"routes={name}: expected model, uniform, or a routing trace from `python -m profiler trace`")
+    if name != "uniform":
+        with RoutingTrace.open(name) as trace:
+            found = (trace.num_experts, trace.top_k, trace.num_layers)
+            if found != (num_experts, top_k, num_layers):
+                expected = f"{num_experts} experts, {top_k} choices and {num_layers} MoE layers"
+                raise InputError(
+                    f"routes={name}: {found[0]} experts, {found[1]} choices and {found[2]} MoE layers, expected "
+                    f"{expected}; give a trace of this model, or routes=uniform"
+                )
+            if not len(_replayed_tokens(trace)):
+                raise InputError(f"routes={name}: no odd sequence has generated tokens; record longer answers")
     return RouteSource(name, num_experts, top_k, num_layers, seed)
+
+
+def _replayed_tokens(trace: RoutingTrace) -> np.ndarray:
+    """Indices of the tokens that odd sequences generated."""
+    return np.flatnonzero((trace.sequence() % 2 == 1) & (trace.decode() == 1))
 
 
 def active_experts(routes: torch.Tensor) -> float:

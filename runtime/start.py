@@ -187,7 +187,8 @@ def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, gro
     except InputError as error:
         found = str(error)
     except torch.OutOfMemoryError:
-        found = f"model {model}: this rank's part does not fit into {group.device}; plan for more GPUs or fewer slots"
+        remedy = "plan for more GPUs or fewer slots, or lower cache_tokens"
+        found = f"model {model}: this rank's part does not fit into {group.device}; {remedy}"
     errors = group.gather_text(found)
     failed = [rank for rank, text in enumerate(errors) if text]
     if worker is not None and not failed:

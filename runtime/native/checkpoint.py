@@ -42,7 +42,7 @@ def fill_from_checkpoint(path: str, parts: Sequence[Part]) -> None:
         shares = [(file, own[start::NUM_THREADS]) for file, own in by_file.items() for start in range(NUM_THREADS)]
         with ThreadPoolExecutor(NUM_THREADS) as pool:
             list(pool.map(lambda share: _copy_parts(*share), shares))
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"model {path}: cannot be loaded ({one_line(error)}); copy or download it again") from error
 
 
@@ -57,7 +57,10 @@ def tensor_files(path: str) -> dict[str, Path]:
         folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: no list of tensors ({one_line(error)}); copy or download it again") from error
     file = folder / "model.safetensors"
     with safe_open(file, framework="pt") as tensors:
         return dict.fromkeys(tensors.keys(), file)

@@ -16,15 +16,21 @@ from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
 from runtime.native.forward import Decoder
 from runtime.native.model import NativeModel
+from runtime.native.prefill_attention import EXPANDED
 from runtime.native.rope import rotary_table
 from runtime.native.weights import Slots, allocate
 from runtime.native.worker import NativeWorker
-from runtime.settings import EngineSettings
+from runtime.settings import DTYPES, EngineSettings
+from runtime.worker import local_slots
 from runtime.worker_interface import ModelFacts, StepReads, eos_token_ids
 
 logger = logging.getLogger(__name__)
 
-CACHE_SHARE = 0.9  # of the memory that weights leave free on a GPU; the rest is for activations
+CACHE_SHARE = 0.9  # of the memory that weights and prefill leave free on a GPU
+GRAPH_BYTES = 1 << 30  # for the graphs' activations, the libraries' workspaces and the kernels' code
+COPIES_OF_KEYS = 8  # of `EXPANDED` numbers each, that attention of a prefill makes at most
+GENERATIONS = (9, 10)  # of GPUs whose multiprocessors have the shared memory that the tiles of the products take
+TRIED = 9  # the generation that the kernels have run on
 CPU_CACHE_BYTES = 4 << 30  # address space; pages take memory once they are written
 
 
@@ -46,6 +52,9 @@ def choose_native(model: str, settings: EngineSettings, group: RankGroup) -> Dec
     if settings.path == "auto" and group.device.type == "cpu":
         _say(group, "universal path: on CPUs the native one is for checking; path=native takes it")
         return None
+    if settings.path == "auto" and _generation(group.device) != TRIED:
+        _say(group, "universal path: the native one was never run on this generation of GPUs; path=native takes it")
+        return None
     _say(group, f"native path: {shape.family} on {group.device.type}")
     return shape
 
@@ -57,12 +66,26 @@ def _say(group: RankGroup, choice: str) -> None:
 
 
 def _native_shape(model: str, settings: EngineSettings, group: RankGroup) -> DecoderShape:
-    shape = read_shape(load_config(model))
+    config = load_config(model)
+    shape = read_shape(config)
     if group.world_size > 1:
         raise NotNativeError(f"{group.world_size} ranks; the native path serves one")
     if settings.dtype == "float16" and group.device.type == "cpu":
         raise NotNativeError("dtype=float16 on a CPU; the native path has float32 and bfloat16 there")
+    if group.device.type == "cuda":
+        if settings.dtype == "auto" and getattr(config, "dtype", None) not in (None, *DTYPES.values()):
+            raise NotNativeError(f"weights of {config.dtype}; the native path has {', '.join(DTYPES)}")
+        if _generation(group.device) not in GENERATIONS:
+            raise NotNativeError(
+                f"GPU of compute capability {_generation(group.device)}.x; the kernels take "
+                f"{' or '.join(f'{generation}.x' for generation in GENERATIONS)}"
+            )
     return shape
+
+
+def _generation(device: torch.device) -> int:
+    """The major number of a GPU's compute capability."""
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def load_config(model: str) -> Any:
@@ -97,17 +120,17 @@ def load_native(
     dtype = settings.torch_dtype(device)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    slots = {layer: plan.slots[index][group.rank] for index, layer in enumerate(plan.layer_ids)}
-    decoder = load_decoder(model, config, shape, slots, dtype, device, settings)
+    decoder = load_decoder(model, config, shape, local_slots(plan, group.rank), dtype, device, settings)
     loaded_s = time.perf_counter()
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
     if device.type == "cuda" and capture:
         native.capture(settings.max_sequences)
     logger.info(
-        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens",
+        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
         loaded_s - start_s,
         time.perf_counter() - loaded_s,
         decoder.cache.num_tokens,
+        native.max_context,
     )
     eos = eos_token_ids(_generation_config(model), config)
     facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, step_reads(decoder))
@@ -141,8 +164,12 @@ def load_decoder(
         fill_with_random(parts)
     else:
         fill_from_checkpoint(model, parts)
-    tokens = settings.cache_tokens or _cache_tokens(shape, settings, dtype, device)
-    cache = PagedCache(shape, -(-tokens // page_size), page_size, dtype, device)
+    tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
+    try:
+        cache = PagedCache(shape, -(-tokens // page_size), page_size, dtype, device)
+    except RuntimeError as error:  # out of memory, or beyond what an address can be
+        size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
+        raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
     positions = min(shape.max_positions, cache.num_tokens)
     return Decoder(shape, weights, cache, rotary_table(config, shape, positions, device))
 
@@ -166,19 +193,38 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _cache_tokens(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> int:
-    """As many as memory allows and the most sequences can use."""
+def cache_tokens(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, free_bytes: int) -> int:
+    """As many as so much memory holds and the most sequences can use.
+
+    Raises:
+        ModelError: not even a page fits.
+    """
     useful = settings.max_sequences * (shape.max_positions + PAGE_SIZE)
-    free = CPU_CACHE_BYTES
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        free = int(torch.cuda.mem_get_info(device)[0] * CACHE_SHARE)
-    tokens = min(useful, free // (shape.kv_values_per_token * dtype.itemsize))
+    tokens = min(useful, free_bytes // (shape.kv_values_per_token * dtype.itemsize))
     if tokens < PAGE_SIZE:
         raise ModelError(
-            f"{free >> 20} MiB are left for keys and values, too few for {PAGE_SIZE} tokens; plan for more GPUs"
+            f"{max(free_bytes, 0) >> 20} MiB are left for keys and values, too few for {PAGE_SIZE} tokens; plan for "
+            "more GPUs, or lower max_prefill_tokens"
         )
     return tokens
+
+
+def prefill_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype) -> int:
+    """Activations of the largest prefill pass: of its tokens in one layer, and of its attention."""
+    dense_width = max(shape.shared_width, 0 if all(shape.moe_layers) else shape.dense_width)
+    per_token = 2 * shape.qkv_width + 6 * shape.width + 3 * dense_width
+    per_token += shape.top_k * (shape.expert_width + shape.width)
+    return (settings.max_prefill_tokens * per_token + COPIES_OF_KEYS * EXPANDED) * dtype.itemsize
+
+
+def _free_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> int:
+    """What keys and values may take."""
+    if device.type != "cuda":
+        return CPU_CACHE_BYTES
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()  # what loading has left
+    free = torch.cuda.mem_get_info(device)[0] - GRAPH_BYTES - prefill_bytes(shape, settings, dtype)
+    return int(free * CACHE_SHARE)
 
 
 def _generation_config(model: str) -> Any:

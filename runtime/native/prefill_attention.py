@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 QUERY_BLOCK = 1024  # queries whose mask is made at once
+EXPANDED = 1 << 26  # keys' numbers that are repeated for the query heads at once
 ALIGNMENT = 8  # fused attention wants head sizes in multiples of this
 
 
@@ -29,6 +30,20 @@ def prefill_attention(
     Returns:
         ``[N, L, H, d]``.
     """
+    group = q.shape[2] // k.shape[2]
+    at_once = max(1, EXPANDED // (k[:, :, 0].numel() * group))  # kv heads
+    attended = []
+    for first in range(0, k.shape[2], at_once):
+        shared, own = slice(first, first + at_once), slice(first * group, (first + at_once) * group)
+        heads = q[:, :, own], k[:, :, shared], v[:, :, shared]
+        attended.append(_attend(*heads, scale, window, None if sinks is None else sinks[own]))
+    return torch.cat(attended, dim=2)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None, sinks: torch.Tensor | None
+) -> torch.Tensor:
+    """`prefill_attention` of some heads at once."""
     group = q.shape[2] // k.shape[2]
     head_size, new, total = q.shape[3], q.shape[1], k.shape[1]
     queries = q.transpose(1, 2)

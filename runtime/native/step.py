@@ -65,11 +65,9 @@ class GraphedStep:
 
     def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool, pool: Any) -> None:
         rows.clear()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels and sets up libraries, which cannot be done while capturing
-            decode_step(decoder, rows, nucleus)
-        torch.cuda.current_stream().wait_stream(side)
+        # Compiles kernels and sets up libraries, which cannot be done while capturing; on the stream that prefill uses,
+        # because the matrix library keeps a workspace for every stream that it has run on.
+        decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self.logits = decode_step(decoder, rows, nucleus)

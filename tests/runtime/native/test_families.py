@@ -19,6 +19,11 @@ from tests.support.tiny_models import tiny_config
 GPU_GROUP = cast(Any, SimpleNamespace(rank=0, world_size=1, device=torch.device("cuda")))
 
 
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
 def saved_config(folder: Any, family: str, **changes: Any) -> str:
     config = tiny_config(family)
     for name, value in changes.items():
@@ -70,6 +75,30 @@ def test_the_choice_by_device_and_ranks(tmp_path: Any, caplog: pytest.LogCapture
         choose_native(path, EngineSettings(path="native"), on_two)
     with pytest.raises(ModelError, match="path=fast"):
         EngineSettings(path="fast")
+
+
+@pytest.mark.parametrize(
+    ("generation", "reason"), [(8, "compute capability 8.x"), (10, "never run"), (12, "compute capability 12.x")]
+)
+def test_other_gpus_stay_on_the_universal_path(
+    generation: int, reason: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    path = saved_config(tmp_path, "qwen3_moe")
+    with caplog.at_level(logging.INFO):
+        assert choose_native(path, EngineSettings(), GPU_GROUP) is None
+    assert reason in caplog.text
+    if generation == 10:
+        assert choose_native(path, EngineSettings(path="native"), GPU_GROUP) is not None
+    else:
+        with pytest.raises(ModelError, match=reason):
+            choose_native(path, EngineSettings(path="native"), GPU_GROUP)
+
+
+def test_weights_of_a_dtype_that_no_kernel_takes(tmp_path: Any) -> None:
+    path = saved_config(tmp_path, "qwen3_moe", dtype=torch.float64)
+    assert choose_native(path, EngineSettings(), GPU_GROUP) is None
+    assert choose_native(path, EngineSettings(dtype="bfloat16"), GPU_GROUP) is not None
 
 
 def test_dense_layers_and_windows() -> None:

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from runtime.errors import ModelError
+from runtime.native.cache import PAGE_SIZE
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import read_shape
-from runtime.native.loading import step_reads
+from runtime.native.loading import cache_tokens, prefill_bytes, step_reads
 from runtime.native.weights import DecoderWeights, Part, allocate
+from runtime.settings import EngineSettings
 from tests.support.native import native_model
 from tests.support.tiny_models import tiny_model
 
@@ -101,6 +103,39 @@ def test_truncated_files(tmp_path: Path) -> None:
     _, parts = make_room(str(tmp_path), list(range(8)))
     with pytest.raises(ModelError, match="cannot be loaded"):
         fill_from_checkpoint(str(tmp_path), parts)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "not JSON", '{"weight_map": {"a": 1}}'])
+def test_broken_list_of_tensors(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match="no list of tensors") as error:
+        fill_from_checkpoint(str(tmp_path), [])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tokens", [10**12, 10**18])
+def test_a_cache_beyond_memory_is_told_in_a_line(tokens: int, saved_model: Callable[[str], str]) -> None:
+    with pytest.raises(ModelError, match=f"cache_tokens={tokens}: .* give fewer"):
+        native_model(saved_model("qwen3_moe"), cache_tokens=tokens)
+
+
+def test_the_cache_takes_what_memory_and_sequences_allow(saved_model: Callable[[str], str]) -> None:
+    shape = read_shape(AutoConfig.from_pretrained(saved_model("qwen3_moe")))
+    settings = EngineSettings(max_sequences=2)
+    bytes_per_token = 2 * 3 * 2 * 8 * 4  # keys and values, layers, kv heads, head size, float32
+    assert cache_tokens(shape, settings, torch.float32, 100 * bytes_per_token) == 100
+    assert cache_tokens(shape, settings, torch.float32, 1 << 40) == 2 * (shape.max_positions + PAGE_SIZE)
+    for free in (10 * bytes_per_token, -1):
+        with pytest.raises(ModelError, match="MiB are left"):
+            cache_tokens(shape, settings, torch.float32, free)
+
+
+def test_long_prefills_set_more_memory_aside(saved_model: Callable[[str], str]) -> None:
+    shape = read_shape(AutoConfig.from_pretrained(saved_model("qwen3_moe")))
+    short, long = (
+        prefill_bytes(shape, EngineSettings(max_prefill_tokens=tokens), torch.bfloat16) for tokens in (1024, 8192)
+    )
+    assert long - short >= 7168 * shape.top_k * (shape.expert_width + shape.width) * 2
 
 
 def test_bytes_of_a_step(saved_model: Callable[[str], str]) -> None:

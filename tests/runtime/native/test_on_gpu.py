@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from kernels.route import Routes
 from runtime.native import model as native
 from runtime.native.model import NativeModel
 from tests.support.native import Recording, admission, drive, native_model
+from tests.support.plans import make_plan
 from tests.support.reference import greedy
 from tests.support.tiny_models import tiny_model
 
@@ -24,6 +28,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 40, 41], [100, 11, 12], list(range(20, 61)), [77], [6
 ARRIVALS = [0, 0, 0, 3, 5]
 FAMILIES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "gpt_oss", "demo")
 STEPS = 24
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def rounded(model: NativeModel) -> NativeModel:
@@ -136,3 +141,26 @@ def test_replayed_routes_reach_the_graph(saved_model: Callable[[str], str]) -> N
     for a, b, c in itertools.zip_longest(first, again, other):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+def generate(plan: Path, *settings: str) -> str:
+    """What `python -m runtime generate` prints: loaded and captured in one thread, decoded in the engine's."""
+    command = [sys.executable, "-m", "runtime", "generate", "--plan", str(plan), "--prompt", "In the beginning"]
+    result = subprocess.run(
+        [*command, "device=cuda", "dtype=float32", "max_tokens=32", *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_command_line_captures_before_it_serves(tmp_path: Path) -> None:
+    """With the cache of the default size, every size of step captured, and the nucleus' step when it is first asked."""
+    plan = tmp_path / "plan.json"
+    make_plan(str(ROOT / "examples/demo-moe"), "shuffled", 1).save(plan)
+    assert generate(plan, "path=native", "temperature=0") == generate(plan, "path=universal", "temperature=0")
+    nucleus = ["path=native", "temperature=1", "top_p=0.9", "seed=5"]
+    assert generate(plan, *nucleus) == generate(plan, *nucleus)
