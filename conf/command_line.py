@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,13 @@ class Verb:
     run: Callable[[argparse.Namespace], int | None]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong with the arguments in one line, as every other bad input is told."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def run_command_line(
     package: str,
     description: str,
@@ -35,6 +44,8 @@ def run_command_line(
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Parse ``verb --flag value key=value …``, run the verb, and turn input errors into one line on stderr.
+
+    What the output's encoding does not have is printed as ``?``: names in files may hold any character.
 
     Args:
         package: the package's name, for the usage line.
@@ -46,7 +57,7 @@ def run_command_line(
     Returns:
         The exit code: 0, 2 on bad input, 130 when interrupted, or what the verb returns.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=description)
+    parser = _Parser(prog=f"python -m {package}", description=description)
     subparsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in verbs:
         subparser = subparsers.add_parser(
@@ -57,8 +68,10 @@ def run_command_line(
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         verb.add_arguments(subparser)
-        subparser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see conf/")
+        subparser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings, see conf/")
         subparser.set_defaults(run=verb.run)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         flags = _parse(parser, arguments)
         return flags.run(flags) or 0
@@ -75,6 +88,6 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     flags, rest = parser.parse_known_args(arguments)
     for argument in [*rest, *flags.overrides]:
         if argument.startswith("-") or "=" not in argument:
-            parser.error(f"unrecognized argument {argument!r}; flags are listed by --help, settings are key=value")
+            parser.error(f"unrecognized argument {argument!r}, expected flags or settings such as key=value")
     flags.overrides = [*flags.overrides, *rest]
     return flags

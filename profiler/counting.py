@@ -86,8 +86,9 @@ class GroupedCounts:
 def _check_size(trace: RoutingTrace, num_groups: int, num_bytes: int) -> None:
     if num_groups > 1 and num_bytes > MOST_TABLE_BYTES:
         raise TraceError(
-            f"{trace.path}: the tables of {num_groups} groups such as domains would take {num_bytes / 2**30:.1f} GiB, "
-            f"expected at most {MOST_TABLE_BYTES / 2**30:.0f} GiB; name fewer domains, or split the trace by domain"
+            f"{trace.path}: the tables of {trace.num_layers} layers of {trace.num_experts} experts for {num_groups} "
+            f"groups (domains, even and odd sequences) would take {num_bytes / 2**30:.1f} GiB, expected at most "
+            f"{MOST_TABLE_BYTES / 2**30:.0f} GiB; name fewer domains, or split the trace by domain"
         )
 
 

@@ -44,10 +44,10 @@ def gini(popularity: np.ndarray) -> np.ndarray:
 
 
 def entropy_bits(popularity: np.ndarray) -> np.ndarray:
-    """Entropy of the experts' shares, float64 ``[L]``, at most log2(E)."""
+    """Entropy of the experts' shares, float64 ``[L]``, at most log2(E); 0 where nothing was counted."""
     share_LE = shares(popularity)
     logs_LE = np.log2(share_LE, out=np.zeros_like(share_LE), where=share_LE > 0)
-    return -(share_LE * logs_LE).sum(axis=-1)
+    return 0.0 - (share_LE * logs_LE).sum(axis=-1)  # not minus zero
 
 
 def mutual_information(counts: np.ndarray) -> float:

@@ -91,6 +91,11 @@ class Convergence:
     floor: float
     stable_at: int
 
+    @property
+    def may_come_later(self) -> bool:
+        """Whether fewer than three doublings followed ``stable_at``: the floor of a longer trace may be lower."""
+        return 8 * self.stable_at > self.tokens[-1]
+
 
 @dataclass(frozen=True)
 class Drift:

@@ -26,6 +26,7 @@ def profile_to_dict(profile: RoutingProfile) -> dict[str, Any]:
         **{name: _plain(None if (part := getattr(profile, name)) is None else asdict(part)) for name in parts},
         "tokens": {**profile.tokens_by_phase, **{f"domain: {n}": t for n, t in profile.tokens_by_domain.items()}},
         "popularity": profile.popularity.tolist(),
+        "popularity_by_phase": {name: counts.tolist() for name, counts in profile.popularity_by_phase.items()},
         "busiest_over_mean": {name: _plain(popularity_skew(counts)) for name, counts in groups.items()},
         "gini": {name: _plain(gini(counts)) for name, counts in groups.items()},
         "entropy_bits": {name: _plain(entropy_bits(counts)) for name, counts in groups.items()},

@@ -152,8 +152,8 @@ def record_routes(
         One record per prompt.
 
     Raises:
-        ModelError: the model has no MoE layer, or routes in a way that a trace cannot hold; or ``gate_ahead`` is asked
-            of a model whose gates cannot be asked ahead.
+        ModelError: the model has no MoE layer, or routes in a way that a trace cannot hold, such as by NaN; or
+            ``gate_ahead`` is asked of a model whose gates cannot be asked ahead.
     """
     layers = find_moe_layers(model)
     _tell_about_compilation(model)
@@ -170,14 +170,26 @@ def record_routes(
             for row, prompt in enumerate(batch):
                 first = padded_prompt - len(prompt)
                 fed = slice(first, padded_prompt + _num_generated(model, token_ids_BS[row, padded_prompt:]) - 1)
-                experts_TLK = experts_BSLK[row, fed]
+                experts_TLK, weights_TLK = experts_BSLK[row, fed], weights_BSLK[row, fed]
+                _require_finite(weights_TLK, start + row, layers)
                 yield SequenceRoutes(
                     experts=experts_TLK,
-                    weights=weights_BSLK[row, fed],
+                    weights=weights_TLK,
                     token_ids=token_ids_BS[row, fed],
                     decode=np.arange(len(experts_TLK)) >= len(prompt),
                     gate_ahead=None if ahead_BSLK is None else ahead_BSLK[row, fed],
                 )
+
+
+def _require_finite(weights_TLK: np.ndarray, prompt: int, layers: Sequence[MoELayer]) -> None:
+    """Refuse routes by weights that are no numbers: the experts chosen by them mean nothing."""
+    sound_TL = np.isfinite(weights_TLK).all(axis=2)
+    if not sound_TL.all():
+        token, layer = np.argwhere(~sound_TL)[0]
+        raise ModelError(
+            f"{layers[layer].name} weighs the experts of token {token} of prompt {prompt} by "
+            f"{weights_TLK[token, layer].tolist()}, expected finite numbers; try dtype=float32, or check the weights"
+        )
 
 
 def _tell_about_compilation(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         InputError: the source cannot be read, or the output cannot be written.
     """
     from profiler.profile_builder import profile_file
-    from profiler.report import encodable, render_report
+    from profiler.report import render_report
     from profiler.report.summary import summarize
     from profiler.trace_header import require_output, write_text
 
@@ -30,6 +30,6 @@ def run(flags: argparse.Namespace, console: Console) -> None:
         profile = profile_file(flags.trace, predictability=True)
     write_text(flags.output, render_report(profile))
     for finding in summarize(profile):
-        console.print(encodable(finding.text), markup=False, highlight=False)
+        console.print(finding.text, markup=False, highlight=False)
     size_mb = flags.output.stat().st_size / 1e6
     console.print(f"{flags.output}: {size_mb:.1f} MB, open it in a browser", markup=False, highlight=False)

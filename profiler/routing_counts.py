@@ -22,6 +22,8 @@ from profiler.trace_header import (
     write_tensors,
 )
 
+MOST_COUNTED = 2.0**62  # so that sums fit 64 bits
+
 
 @dataclass(frozen=True)
 class RoutingCounts:
@@ -49,7 +51,8 @@ class RoutingCounts:
         """Read a file of counts.
 
         Raises:
-            TraceError: the file is missing, malformed, of another format or version, or holds negative counts.
+            TraceError: the file is missing, malformed, of another format or version, or holds counts that are
+                negative or whose sum is beyond 64 bits.
         """
         path = Path(path)
         metadata, entries = read_header(path)
@@ -62,6 +65,10 @@ class RoutingCounts:
         counts = np.array(map_tensor(path, entry))
         if counts.min() < 0:
             raise TraceError(f"{path}: holds the count {counts.min()}, expected >= 0; export it again")
+        if counts.sum(dtype=np.float64) > MOST_COUNTED:
+            raise TraceError(
+                f"{path}: holds {counts.sum(dtype=np.float64):.3g} counts, which no engine counted; export it again"
+            )
         if not metadata.get("model"):
             raise TraceError(f"{path}: metadata model is missing; export it again")
         return cls(counts, metadata["model"], layer_ids, metadata.get("source"))

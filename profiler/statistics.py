@@ -106,20 +106,21 @@ def domain_of_tokens(trace: RoutingTrace) -> tuple[list[str], np.ndarray]:
         trace: an open trace.
 
     Returns:
-        Names of the domains that have tokens, in the order in which the trace lists them, and the index of each
-        token's, int32 ``[T]``.
+        Names of the domains that have tokens, each once, in the order in which the trace lists them, and the index of
+        each token's, int32 ``[T]``.
 
     Raises:
         TraceError: the trace names no domains.
     """
     if trace.domains is None:
         raise TraceError(f"{trace.path}: names no domains; record it from prompts with a domain each")
-    index_of_name = {name: index for index, name in enumerate(dict.fromkeys(trace.domains))}
-    domain_of_sequence = np.array([index_of_name[name] for name in trace.domains], np.int32)
+    named = [name or UNNAMED_DOMAIN for name in trace.domains]
+    index_of_name = {name: index for index, name in enumerate(dict.fromkeys(named))}
+    domain_of_sequence = np.array([index_of_name[name] for name in named], np.int32)
     domain_T = domain_of_sequence[trace.sequence()]
     seen, domain_T = np.unique(domain_T, return_inverse=True)
     names = list(index_of_name)
-    return [names[index] or UNNAMED_DOMAIN for index in seen], domain_T.astype(np.int32)
+    return [names[index] for index in seen], domain_T.astype(np.int32)
 
 
 def collect_groups(

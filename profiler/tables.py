@@ -13,8 +13,8 @@ from profiler.profile import ActiveExperts, Information, RoutingProfile
 def layer_table(profile: RoutingProfile) -> Table:
     """Per layer: how uneven the experts are, and what a layer's choices tell about the next layer's."""
     information = profile.information
-    table = Table(title="per layer")
-    columns = ["layer", "busiest / mean", "Gini", "never chosen", "entropy, bits"]
+    table = Table(title="per layer", pad_edge=False)  # or 80 columns would be too few
+    columns = ["layer", "busiest / mean", "Gini", "never chosen", "bits of entropy"]
     if information is not None:
         columns += ["bits", "chance", "top-1 bits", "chance"]
         table.caption = "bits: mutual information of the experts chosen here and in the next layer"
@@ -23,7 +23,9 @@ def layer_table(profile: RoutingProfile) -> Table:
     skew_L, gini_L = popularity_skew(profile.popularity), gini(profile.popularity)
     entropy_L, never_L = entropy_bits(profile.popularity), (profile.popularity == 0).sum(axis=1)
     for layer, layer_id in enumerate(profile.source.layer_ids):
-        cells = [f"{skew_L[layer]:.2f}", f"{gini_L[layer]:.2f}", str(never_L[layer]), f"{entropy_L[layer]:.2f}"]
+        uneven = [f"{skew_L[layer]:.2f}", f"{gini_L[layer]:.2f}", f"{entropy_L[layer]:.2f}"]
+        skew, evenness, entropy = uneven if profile.popularity[layer].any() else ["-"] * 3
+        cells = [skew, evenness, str(never_L[layer]), entropy]
         if information is not None:
             last = layer + 1 == len(profile.popularity)
             cells += [""] * 4 if last else [f"{bits_L[layer]:.4f}" for bits_L in _columns(information)]
@@ -39,7 +41,7 @@ def group_table(profile: RoutingProfile) -> Table:
         "many sequences chosen at random",
     )
     for column in ("tokens of", "tokens", "busiest / mean", "Gini", "moved", "chance"):
-        table.add_column(column, justify="left" if column == "tokens of" else "right")
+        table.add_column(column, justify="left" if column == "tokens of" else "right", overflow="fold")
     drift = profile.domain_drift
     chance = {} if drift is None else dict(zip(drift.names, drift.to_all_control, strict=True))
     groups = [
@@ -75,6 +77,7 @@ def closing_lines(profile: RoutingProfile) -> list[str]:
         lines.append(
             f"affinity is stable after {convergence.stable_at:,} tokens: within 0.05 of the distance "
             f"{convergence.floor:.3f} that remains at {convergence.tokens[-1]:,}"
+            + ("; a longer trace may put it later" if convergence.may_come_later else "")
         )
     if (drift := profile.time_drift) is not None:
         lines.append(

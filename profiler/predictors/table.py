@@ -22,8 +22,7 @@ def predictability_table(scores: Sequence[PredictorScore]) -> Table:
     for column in ("experts", "first", "unseen", "popular", "re-plans"):
         table.add_column(column, justify="right")
     table.add_column("paper")
-    for score in scores:
-        kept = np.isin(score.layer_ids, shared_layers(scores))
+    for score, kept in compared(scores):
         rates = (score.hit_rate, score.top1_hit_rate, score.backed_off, score.batch_accuracy, score.replan_rate)
         cells = ["-" if rate is None else f"{rate[kept].mean():.1%}" for rate in rates]
         table.add_row(score.predictor, *cells, escape(score.paper or ""))
@@ -33,6 +32,12 @@ def predictability_table(scores: Sequence[PredictorScore]) -> Table:
 def shared_layers(scores: Sequence[PredictorScore]) -> list[int]:
     """Decoder layers that all predictors were judged on: means over these can be compared."""
     return sorted(set.intersection(*(set(score.layer_ids) for score in scores)))
+
+
+def compared(scores: Sequence[PredictorScore]) -> list[tuple[PredictorScore, np.ndarray]]:
+    """Every score with which of its layers are shared by all, bool ``[M]``."""
+    shared = shared_layers(scores) if scores else []
+    return [(score, np.isin(score.layer_ids, shared)) for score in scores]
 
 
 def _caption(scores: Sequence[PredictorScore]) -> str:

@@ -71,12 +71,8 @@ def render_report(profile: RoutingProfile) -> str:
         script=Markup(script),
         data=_script_json(figures_data(profile)),
     )
-    return encodable(page)
-
-
-def encodable(text: str) -> str:
-    """Text without halves of characters, which names in a file's JSON may hold and UTF-8 may not: they become ``?``."""
-    return text.encode("utf-8", "replace").decode()
+    # Names in a file's JSON may hold halves of characters, which UTF-8 may not: they become ``?``.
+    return page.encode("utf-8", "replace").decode()
 
 
 def _script_json(value: object) -> Markup:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from profiler.measures import popularity_skew, shares
+from profiler.predictors.table import compared
 from profiler.profile import Drift, RoutingProfile
 
 CLAIMED_TOKENS = (1000, 3000)  # ExFlow, section 5: tokens until the affinity is stable
@@ -143,7 +144,8 @@ def _convergence(profile: RoutingProfile) -> Finding | None:
     return Finding(
         f"{stable:,} tokens",
         f"The affinity is stable after {stable:,} tokens, {relation} {claim}; a distance of {convergence.floor:.3f} "
-        f"from unseen tokens remains at {int(convergence.tokens[-1]):,}, the most that were counted.",
+        f"from unseen tokens remains at {int(convergence.tokens[-1]):,}, the most that were counted"
+        f"{'; a longer trace may put it later' if convergence.may_come_later else ''}.",
     )
 
 
@@ -158,8 +160,8 @@ def _domains(profile: RoutingProfile) -> Finding | None:
     )
     return Finding(
         _percent(moved),
-        f"Domain “{name}” differs most from the whole trace: {_percent(moved)} of its choices would have to change "
-        f"to match it ({_percent(control)} for as many sequences at random): {meaning}",
+        f"Domain “{name}” differs furthest beyond chance from the whole trace: {_percent(moved)} of its choices "
+        f"would have to change to match it ({_percent(control)} for as many sequences at random): {meaning}",
     )
 
 
@@ -174,21 +176,23 @@ def _time(profile: RoutingProfile) -> Finding | None:
     )
     return Finding(
         _percent(moved),
-        f"Over time, window {name} of {len(profile.time_drift.names)} differs most from the whole: {_percent(moved)} "
-        f"of its choices would have to change ({_percent(control)} for as many sequences at random): {meaning}",
+        f"Over time, window {name} of {len(profile.time_drift.names)} differs furthest beyond chance from the whole: "
+        f"{_percent(moved)} of its choices would have to change ({_percent(control)} for as many sequences at random): "
+        f"{meaning}",
     )
 
 
 def _predictor(profile: RoutingProfile) -> Finding | None:
     if not profile.predictors:
         return None
-    best = max(profile.predictors, key=lambda score: float(score.hit_rate.mean()))
-    rate, top_k = float(best.hit_rate.mean()), profile.source.top_k
+    rates = {score.predictor: float(score.hit_rate[kept].mean()) for score, kept in compared(profile.predictors)}
+    best = max(profile.predictors, key=lambda score: rates[score.predictor])
+    rate, top_k = rates[best.predictor], profile.source.top_k
     guess = "" if top_k is None else f", where guessing finds {_percent(top_k / profile.source.num_experts)}"
     return Finding(
         _percent(rate),
         f"The best predictor is {best.predictor} ({best.description}): it names {_percent(rate)} of a token's experts "
-        f"before the layer's router has run{guess}; the rest cannot be fetched ahead.",
+        f"before the layer's router has run{guess}; fetching as many ahead misses the rest.",
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from profiler.measures import gini, popularity_skew
+from profiler.predictors.table import compared
 from profiler.profile import Drift, RoutingProfile
 
 NOTHING = "–"
@@ -121,19 +122,19 @@ def drift_table(drift: Drift | None, kind: str) -> Table | None:
 
 
 def predictor_table(profile: RoutingProfile) -> Table:
-    """How well each predictor does, mean over layers."""
+    """How well each predictor does, mean over the layers that all of them predict."""
     rows = [
         (
             score.predictor,
             score.description,
-            _mean(score.hit_rate),
-            _span(score.hit_rate),
-            _mean(score.top1_hit_rate),
-            _mean(score.batch_accuracy),
-            _mean(score.replan_rate),
+            _mean(score.hit_rate, kept),
+            _span(score.hit_rate[kept]),
+            _mean(score.top1_hit_rate, kept),
+            _mean(score.batch_accuracy, kept),
+            _mean(score.replan_rate, kept),
             score.paper or NOTHING,
         )
-        for score in profile.predictors
+        for score, kept in compared(profile.predictors)
     ]
     columns = (
         "predictor",
@@ -145,12 +146,12 @@ def predictor_table(profile: RoutingProfile) -> Table:
         "re-plan rate",
         "reported in the paper",
     )
-    caption = "Mean over layers, judged on sequences that were not learned from"
+    caption = "Mean over the layers that all predict, judged on sequences that were not learned from"
     return Table(caption, columns, rows, words=2, trailing_words=True)
 
 
-def _mean(values: np.ndarray | Sequence[float] | None) -> str:
-    known = [] if values is None else [value for value in values if np.isfinite(value)]
+def _mean(values_M: np.ndarray | None, kept_M: np.ndarray) -> str:
+    known = [] if values_M is None else [value for value in values_M[kept_M] if np.isfinite(value)]
     return f"{np.mean(known):.1%}" if known else NOTHING
 
 

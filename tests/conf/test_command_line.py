@@ -107,8 +107,19 @@ def test_wrong_usage_is_code_2_and_names_the_argument(
     with pytest.raises(SystemExit) as caught:
         recorder.call(*arguments)
     assert caught.value.code == 2
-    assert named in capsys.readouterr().err.splitlines()[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert lines[0].endswith(" --help")
+    assert named in lines[0]
     assert recorder.flags is None
+
+
+def test_only_what_is_required_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Recorder().call("solve")
+    told = "error: the following arguments are required: --trace; see python -m placement solve --help\n"
+    assert capsys.readouterr().err == told
 
 
 def test_help_shows_the_verbs_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:

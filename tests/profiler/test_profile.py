@@ -186,6 +186,10 @@ def test_stats_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture
     with RoutingTrace.open(path) as trace:
         assert written == json.loads(json.dumps(profile_to_dict(profile_trace(trace))))
     assert written["source"]["layer_ids"] == [1, 4, 9]
+    phases = [written["popularity_by_phase"][name] for name in ("prefill", "decode")]
+    assert np.sum(phases, axis=0).tolist() == written["popularity"]
+    assert phases[0] != written["popularity"]
+    assert "a longer trace may put it later" in shown
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["s.json", "t.safetensors"]
 
 

@@ -56,6 +56,15 @@ def test_nothing_is_kept_of_what_follows_an_end_token(batch_size: int) -> None:
     assert 2 <= stopped_early < len(PROMPTS)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_routes_by_weights_that_are_no_numbers_are_refused(value: float) -> None:
+    model = tiny_model("mixtral")
+    with torch.no_grad():
+        model.get_submodule(find_moe_layers(model)[1].name.rpartition(".")[0]).gate.weight.fill_(value)
+    with pytest.raises(ModelError, match=r"of prompt 0 by \[nan, nan\], expected finite numbers; try dtype=float32"):
+        record(model)
+
+
 def test_sampling_follows_the_seed() -> None:
     model = tiny_model("qwen3_moe")
     first, again, other = (record(model, temperature=1.0, seed=seed) for seed in (1, 1, 2))

@@ -150,6 +150,6 @@ def test_the_shuffle_samples_long_traces(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tables_that_cannot_fit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = RoutingTrace.open(write_trace(tmp_path / "t", random_sequences([3, 4]), domains=["a", "b"]))
     monkeypatch.setattr(counting, "MOST_TABLE_BYTES", 1000)
-    with pytest.raises(TraceError, match="the tables of 2 groups such as domains would take"):
+    with pytest.raises(TraceError, match="the tables of 3 layers of 8 experts for 2 groups"):
         collect_by_domain(trace)
     assert collect_statistics(trace).num_tokens == 7, "the overall tables are always made"

@@ -25,7 +25,7 @@ from profiler.report.options import MOST_DOMAINS, popularity_views
 from profiler.report.summary import summarize
 from profiler.report.tables import predictor_table
 from profiler.routing_counts import RoutingCounts
-from tests.support.profiles import make_counts_profile, make_profile
+from tests.support.profiles import make_counts_profile, make_profile, make_score
 from tests.support.traces import random_sequences, write_trace
 
 HOSTILE = "</script><script>alert(1)</script><b>&amp;\u2028\ud800"
@@ -136,7 +136,14 @@ def test_the_summary_names_its_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stable_at", "words"), [(500, "fewer than the 1,000"), (8000, "still moving at 8,000 tokens"), (2000, "within")]
+    ("stable_at", "words"),
+    [
+        (500, "fewer than the 1,000"),
+        (8000, "still moving at 8,000 tokens"),
+        (2000, "within"),
+        (1000, "the most that were counted."),
+        (1001, "the most that were counted; a longer trace may put it later."),
+    ],
 )
 def test_convergence_is_held_against_the_claim(stable_at: int, words: str) -> None:
     profile = make_profile()
@@ -170,6 +177,17 @@ def test_many_domains_stay_a_readable_choice() -> None:
 def test_predictors_without_a_measure_show_a_dash() -> None:
     gate = predictor_table(make_profile()).rows[1]
     assert (gate[0], gate[5:]) == ("gate", ("–", "–", "–"))
+
+
+def test_predictors_are_compared_on_the_layers_that_all_predict() -> None:
+    """The first layer, which few predict, is easy here: it must not make those few look better."""
+    profile = make_profile(num_layers=3)
+    rng = np.random.default_rng(0)
+    easy = replace(make_score("popularity", (1, 3, 5), rng), hit_rate=np.array([1, 0.3, 0.3]))
+    path = replace(make_score("path-1", (3, 5), rng), hit_rate=np.array([0.4, 0.5]))
+    profile = replace(profile, predictors=(easy, path))
+    assert [row[2:4] for row in predictor_table(profile).rows] == [("30.0%", "30%–30%"), ("45.0%", "40%–50%")]
+    assert "The best predictor is path-1" in " ".join(finding.text for finding in summarize(profile))
 
 
 def test_numbers_become_plain() -> None:
