@@ -49,7 +49,7 @@ def render_report(profile: RoutingProfile) -> str:
     )
     script = "\n".join((_FOLDER / "script" / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     page = environment.get_template("page.html").render(
-        model=profile.source.model,
+        model=_model_name(profile.source.model),
         facts=source_facts(profile),
         findings=summarize(profile),
         missing=missing_sections(profile),
@@ -79,3 +79,8 @@ def _script_json(value: object) -> Markup:
     """JSON that may stand in a script element, whatever strings it holds; refuses NaN and infinity."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _model_name(model: str) -> str:
+    """A hub id as it is, of a local folder the last part alone: a page is shown to others."""
+    return Path(model).name if Path(model).is_absolute() else model

@@ -166,6 +166,14 @@ def test_no_more_than_chance_is_called_chance() -> None:
     assert "one plan serves all domains" in said
 
 
+def test_a_local_folder_is_shown_by_its_name() -> None:
+    profile = make_profile()
+    page = render_report(replace(profile, source=replace(profile.source, model="/home/someone/models/tiny-moe")))
+    assert "<h1>tiny-moe</h1>" in page
+    assert "someone" not in page
+    assert "<h1>org/model</h1>" in render_report(profile)
+
+
 def test_many_domains_stay_a_readable_choice() -> None:
     profile = make_profile(domains=tuple(f"d{n}" for n in range(40)))
     views = popularity_views(profile)
