@@ -12,6 +12,7 @@ import numpy as np
 from profiler.count_kernel import count_layer_pairs
 from profiler.measures import total_variation
 from profiler.profile import Convergence
+from profiler.sequence_runs import sequence_starts
 from profiler.trace_format import RoutingTrace
 
 FIRST_TOKENS = 125
@@ -53,7 +54,7 @@ def measure_convergence(
 
 def _sample_tokens(sequence_T: np.ndarray, num_tokens: int, seed: int) -> np.ndarray:
     """The first tokens, int64 ``[num_tokens]``, of the sequences in a random order."""
-    starts = np.flatnonzero(np.diff(sequence_T, prepend=-1))
+    starts = sequence_starts(sequence_T)
     ends = np.append(starts[1:], len(sequence_T))
     order_S = np.random.default_rng(seed).permutation(len(starts))
     needed = int(np.searchsorted(np.cumsum((ends - starts)[order_S]), num_tokens)) + 1

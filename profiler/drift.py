@@ -15,6 +15,7 @@ import numpy as np
 
 from profiler.measures import total_variation
 from profiler.profile import Drift
+from profiler.sequence_runs import sequence_starts
 from profiler.trace_format import RoutingTrace
 
 MOST_WINDOWS = 16
@@ -65,7 +66,7 @@ def time_windows(sequence_T: np.ndarray, seed: int) -> Grouping | None:
     Returns:
         The grouping, or None where there are fewer than ``2 * SEQUENCES_PER_WINDOW`` sequences.
     """
-    starts = np.flatnonzero(np.diff(sequence_T, prepend=-1))
+    starts = sequence_starts(sequence_T)
     num_windows = min(MOST_WINDOWS, len(starts) // SEQUENCES_PER_WINDOW)
     if num_windows < 2:
         return None

@@ -19,6 +19,7 @@ from profiler.predictors.scoring import score_predictors
 from profiler.profile import ActiveExperts, Information, ProfiledSource, RoutingProfile
 from profiler.routing_counts import RoutingCounts
 from profiler.routing_source import open_routing
+from profiler.sequence_runs import sequence_starts
 from profiler.statistics import RoutingStatistics, collect_groups, domain_of_tokens, shuffled_affinity
 from profiler.trace_format import RoutingTrace
 
@@ -96,7 +97,7 @@ def profile_trace(trace: RoutingTrace, seed: int = 0) -> RoutingProfile:
     by_phase = PopularityCounts(trace, num_domains * len(PHASES))  # of every domain
     also = [(domain_T * len(PHASES) + trace.decode().astype(np.int32), by_phase)]
     windows = time_windows(sequence_T, seed)
-    first_of_sequence = np.flatnonzero(np.diff(sequence_T, prepend=-1))
+    first_of_sequence = sequence_starts(sequence_T)
     domains = group_sequences(names, domain_T[first_of_sequence], sequence_T, seed) if len(names) > 1 else None
     drifting = [(grouping, _drift_tables(trace, grouping)) for grouping in (domains, windows)]
     also += [table for _, tables in drifting for table in tables]

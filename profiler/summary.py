@@ -16,8 +16,8 @@ from rich.table import Table
 from profiler.counting import PopularityCounts
 from profiler.measures import popularity_skew
 from profiler.routing_counts import RoutingCounts
+from profiler.sequence_runs import sequence_runs
 from profiler.statistics import domain_of_tokens
-from profiler.trace_copy import sequence_runs
 from profiler.trace_format import OPTIONAL_TENSORS, RoutingTrace
 
 MOST_DOMAINS = 6  # that are listed by name

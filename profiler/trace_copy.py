@@ -67,19 +67,6 @@ def read_layout(trace: RoutingTrace) -> Layout:
     return {name: (column.dtype, column.shape[1:]) for name, column in columns.items()}
 
 
-def sequence_runs(sequence_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The sequences of a trace, in the order in which they stand.
-
-    Args:
-        sequence_T: int32 ``[T]``, each sequence's tokens together; at least one token.
-
-    Returns:
-        Ids, int32 ``[S]``, and numbers of tokens, int64 ``[S]``.
-    """
-    starts = np.concatenate([[0], np.flatnonzero(sequence_T[1:] != sequence_T[:-1]) + 1])
-    return sequence_T[starts], np.diff(starts, append=len(sequence_T))
-
-
 def write_traces(folder: Path, outputs: Iterable[NewTrace]) -> None:
     """Write all outputs or none; they take their places together, once the last is complete.
 

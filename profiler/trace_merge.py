@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from profiler.errors import InputError, TraceError
-from profiler.trace_copy import Layout, NewTrace, Piece, read_layout, sequence_runs, write_traces
+from profiler.sequence_runs import sequence_runs
+from profiler.trace_copy import Layout, NewTrace, Piece, read_layout, write_traces
 from profiler.trace_format import RoutingTrace
 from profiler.trace_header import require_output
 

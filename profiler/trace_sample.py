@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from profiler.errors import TraceError
+from profiler.sequence_runs import sequence_runs
 from profiler.statistics import domain_of_tokens
-from profiler.trace_copy import sequence_runs
 from profiler.trace_format import RoutingTrace
 from profiler.trace_split import generator_of
 

@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from profiler.errors import InputError, TraceError
+from profiler.sequence_runs import sequence_runs
 from profiler.statistics import domain_of_tokens
-from profiler.trace_copy import NewTrace, Piece, read_layout, sequence_runs, write_traces
+from profiler.trace_copy import NewTrace, Piece, read_layout, write_traces
 from profiler.trace_format import RoutingTrace
 from profiler.trace_header import output_errors, require_output
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from profiler.errors import TraceError
+from profiler.sequence_runs import sequence_starts
 
 if TYPE_CHECKING:
     from profiler.trace_format import RoutingTrace, TraceChunk
@@ -89,7 +90,7 @@ def _check_decode(trace: RoutingTrace, chunk: TraceChunk) -> None:
 def _check_order(trace: RoutingTrace) -> None:
     """Checks on the one-dimensional columns, 8 bytes per token: small enough to be taken whole."""
     sequence, position = trace.sequence(), trace.position()
-    starts = np.concatenate([[0], np.flatnonzero(sequence[1:] != sequence[:-1]) + 1])
+    starts = sequence_starts(sequence)
     ids = sequence[starts]
     if ids.min() < 0 or position.min() < 0:
         token = np.flatnonzero((sequence < 0) | (position < 0))[0]
