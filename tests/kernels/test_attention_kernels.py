@@ -111,7 +111,7 @@ def test_attention_compiles_for_hopper() -> None:
                 assert built.metadata.shared <= 227 * 1024
                 assert kernel is add_splits or dtype == "*fp32" or "mma" in built.asm["ptx"]
         types |= {n: "i32" for k in (_mla_attention, _mla_cache) for n in k.arg_names if n.endswith("_stride")}
-        types |= dict.fromkeys(("q_latent", "q_rope", "cache", "latent", "norm", "q_out"), "*bf16") | {"eps": "fp32"}
+        types |= dict.fromkeys(("q_latent", "q_rope", "cache", "latent", "norm"), "*bf16") | {"eps": "fp32"}
         types |= {"positions": "*i32", "slot_index": "*i64", "cos_sin": "*fp32"}
         latent = {"H": 16, "C": 512, "ROPE": 64, "BLOCK_H": 16, "BLOCK": 64, "PAGE": 64, "OVERLAP": True}
         latent |= {"HALF": 32, "INTERLEAVED": True, "BLOCK_C": 512, "BLOCK_HALF": 32}
