@@ -46,6 +46,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         **_GROUPED,
         "first_k_dense_replace": 1,
         "topk_method": "group_limited_greedy",
+        "topk_group": 1,  # with as many as choices the limit never binds
         "routed_scaling_factor": 1.5,
     },
     "deepseek_v2_lite": {
