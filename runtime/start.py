@@ -108,6 +108,8 @@ def _moe_shape(model: str) -> tuple[list[int], int, int]:
                     shape.num_experts,
                     shape.top_k,
                 )
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except (
