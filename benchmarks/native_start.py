@@ -3,8 +3,9 @@
     python -m benchmarks.random_checkpoint /dev/shm/qwen3-30b-a3b
     python -m benchmarks.native_start --model /dev/shm/qwen3-30b-a3b -o benchmarks/results/native_start.json
 
-The files are in the page cache when they have just been written. Every start is a process of its own. The first one compiles all kernels into an empty cache of Triton's
-(``compiled: false``), the next ones find them there. The server says in its log what its parts took.
+Files that have just been written are in the page cache. Every start is a process of its own; the first one compiles
+all kernels into an empty cache of Triton's (``compiled: false``), the next ones find them there. The server says in its
+log what its parts took.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def write_checkpoint(shape: str, folder: Path, tokenizer: Path, device: str) -> 
         files.setdefault(f"model-{number // 4:05}.safetensors", []).append((name, size))
     longest = max(sum(prod(size) for _, size in tensors) for tensors in files.values())
     drawn = torch.empty(longest, dtype=torch.bfloat16, device=device).normal_(0, STANDARD_DEVIATION).cpu()
-    numbers = memoryview(drawn.view(torch.uint8).numpy())
+    numbers = memoryview(drawn.view(torch.uint8).numpy().data)
     with ThreadPoolExecutor(8) as pool:
         written = list(pool.map(lambda file: _write_file(folder / file[0], file[1], numbers), files.items()))
     index = {"weight_map": {name: file for file, tensors in files.items() for name, _ in tensors}}
