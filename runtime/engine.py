@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
@@ -82,9 +81,7 @@ class Engine:
         with self._changed:
             if self._failure is not None or self._stopping:
                 raise EngineError(self._failure or "the engine is shutting down")
-            if sampling.seed is None:
-                sampling = replace(sampling, seed=random.getrandbits(62))
-            request = _Request(next(self._numbers), prompt, sampling, on_event)
+            request = _Request(next(self._numbers), prompt, sampling.resolved(self._eos), on_event)
             self._waiting.append(request)
             self._changed.notify()
         return request.number
@@ -209,12 +206,12 @@ class Engine:
                 if token == NO_TOKEN:
                     reason = "the model's logits are not finite for this request; serve with dtype=bfloat16 or float32"
                     self._end(request, TokenEvent(None, "error", reason))
-                elif token in self._eos and not request.sampling.ignore_eos:
+                elif token in request.sampling.stop_token_ids:
                     self._end(request, TokenEvent(None, "stop"))
                 elif request.generated >= request.sampling.max_tokens:
-                    self._end(request, TokenEvent(token, "length"))
+                    self._end(request, TokenEvent(token, "length", logprobs=self._worker.logprobs.get(number)))
                 else:
-                    request.on_event(TokenEvent(token, None))
+                    request.on_event(TokenEvent(token, None, logprobs=self._worker.logprobs.get(number)))
 
     def _end(self, request: _Request, event: TokenEvent) -> None:
         del self._running[request.number]

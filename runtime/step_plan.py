@@ -17,7 +17,7 @@ class Admission:
         sequence: its number, unique over the run.
         tokens: the prompt's token ids.
         home: the rank that samples it (and, in ``alltoall``, that alone holds its cache).
-        sampling: of its tokens; the seed is a number.
+        sampling: of its tokens, resolved by `SamplingParameters.resolved`.
         new_tokens: the most that will be generated, for which the native path keeps room.
         generated: how many of ``tokens``, at their end, the sequence generated before it was preempted.
     """
@@ -52,7 +52,7 @@ class StepPlan:
     def from_json(message: Mapping[str, Any]) -> StepPlan:
         """Back from `to_json`."""
         admissions = [
-            Admission(**admission | {"sampling": SamplingParameters(**admission["sampling"])})
+            Admission(**admission | {"sampling": SamplingParameters.from_json(admission["sampling"])})
             for admission in message["admit"]
         ]
         return StepPlan(list(message["retire"]), admissions, bool(message["stop"]))

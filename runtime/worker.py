@@ -16,9 +16,11 @@ from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
+from runtime.logprobs import gather_logprobs
+from runtime.requests import TokenLogprobs
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, StepPlan
-from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
+from runtime.worker_interface import ModelFacts, Worker, eos_token_ids
 
 
 class RankWorker(Worker):
@@ -43,7 +45,9 @@ class RankWorker(Worker):
         install_shards(report, plan, group, exchange, self.context)
         self.homes: dict[int, int] = {}  # every running sequence, in the order of admission
         self.last_token: dict[int, int] = {}
-        self._samplers: dict[int, Sampler] = {}
+        self._sampler = Sampler()
+        self._logprobs: dict[int, TokenLogprobs] = {}
+        self._asked: dict[int, int] = {}  # how many log-probabilities each sequence wants with its tokens
         self._batch: SequenceBatch | None = None
 
     def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
@@ -54,6 +58,11 @@ class RankWorker(Worker):
         """Take routes as given; see `Worker.replay`."""
         self.context.forced_routes = None if routes is None else _Replay(routes)
 
+    @property
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Of the last step's tokens; see `Worker.logprobs`."""
+        return self._logprobs
+
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
         self._retire(step.retire)
@@ -62,6 +71,8 @@ class RankWorker(Worker):
             self._count_tokens({admission.sequence: len(admission.tokens) for admission in step.admit}, taking_part)
             sampled = self._prefill([a for a in step.admit if self._holds(a.home)])
             self.homes.update(taking_part)
+            wanted = {admission.sequence: admission.sampling.logprobs for admission in step.admit}
+            self._asked |= {sequence: count for sequence, count in wanted.items() if count is not None}
         elif self.homes:
             taking_part = dict(self.homes)
             self._count_tokens(dict.fromkeys(taking_part, 1), taking_part)
@@ -69,6 +80,7 @@ class RankWorker(Worker):
         else:
             return {}
         tokens = self._share(sampled, taking_part)
+        self._logprobs = self._share_logprobs(taking_part)
         self.last_token.update(tokens)
         return tokens
 
@@ -79,7 +91,8 @@ class RankWorker(Worker):
         for sequence in sequences:
             self.homes.pop(sequence, None)
             self.last_token.pop(sequence, None)
-            self._samplers.pop(sequence, None)
+            self._asked.pop(sequence, None)
+        self._sampler.retire(sequences)
         if self._batch is not None and sequences:
             rows = [row for row, sequence in enumerate(self._batch.sequences) if sequence in self.homes]
             if not rows:
@@ -101,7 +114,7 @@ class RankWorker(Worker):
         self.context.valid = batch.mask.bool().flatten() if padded else None
         logits = self.model.run(batch, tokens)
         for admission in admissions:
-            self._samplers[admission.sequence] = Sampler(admission.sampling)
+            self._sampler.admit(admission)
         if self._batch is None:
             self._batch = batch
         else:
@@ -127,13 +140,7 @@ class RankWorker(Worker):
     def _sample(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
         if self.everyone_holds_all and self.group.rank != 0:
             return {}
-        # One round trip to the device for the whole batch. NaN is the greatest value to max, too.
-        greedy = logits.argmax(dim=-1).masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
-        tokens = {}
-        for row, (sequence, token) in enumerate(zip(sequences, greedy, strict=True)):
-            sampler = self._samplers[sequence]
-            tokens[sequence] = token if sampler.temperature == 0 or token == NO_TOKEN else sampler(logits[row])
-        return tokens
+        return dict(zip(sequences, self._sampler.choose(sequences, logits), strict=True))
 
     def _share(self, sampled: dict[int, int], homes: dict[int, int]) -> dict[int, int]:
         """Every rank learns the new tokens."""
@@ -148,6 +155,15 @@ class RankWorker(Worker):
             seq: row[place] for members, row in zip(by_rank, rows, strict=True) for place, seq in enumerate(members)
         }
         return {sequence: found[sequence] for sequence in homes}
+
+    def _share_logprobs(self, homes: dict[int, int]) -> dict[int, TokenLogprobs]:
+        """Rank 0 learns the log-probabilities of this step's tokens."""
+        asked = {sequence: self._asked[sequence] for sequence in homes if sequence in self._asked}
+        if not asked:
+            return {}
+        if self.everyone_holds_all:
+            return self._sampler.logprobs
+        return gather_logprobs(self.group, self._sampler.logprobs, asked, homes)
 
 
 class _Replay:

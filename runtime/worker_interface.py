@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from runtime.distributed import RankGroup
+from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 
 NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
@@ -76,6 +77,11 @@ class Worker(ABC):
     facts: ModelFacts
     model: Any
     everyone_holds_all: bool
+
+    @property
+    @abstractmethod
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """On rank 0, by sequence, of the last step that gave tokens; of those whose requests asked for them."""
 
     @abstractmethod
     def execute(self, step: StepPlan) -> dict[int, int]:

@@ -15,6 +15,7 @@ from runtime.native.prefill import Prompt, prefill
 from runtime.native.replayed_routes import ReplayedRoutes
 from runtime.native.rows import Rows, RunningSequence
 from runtime.native.step import GraphedStep, decode_step
+from runtime.sampling import Sampler
 from runtime.step_plan import Admission
 from runtime.worker_interface import NO_TOKEN
 
@@ -32,6 +33,7 @@ class NativeModel:
 
     Attributes:
         logits: of the last prefill or step, one row per sequence that took part; the next one may overwrite them.
+        sampler: chooses again for sequences that ask for more than the step's own sampling.
     """
 
     can_merge = True
@@ -47,6 +49,7 @@ class NativeModel:
         self._rows: dict[tuple[int, int], Rows] = {}
         self._filled: Rows | None = None  # rows that hold the running sequences as they stand
         self._graphs: dict[tuple[int, int, bool], GraphedStep] | None = {} if graphs else None
+        self.sampler = Sampler()
         self._replayed: ReplayedRoutes | None = None
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
@@ -66,6 +69,7 @@ class NativeModel:
         for sequence in sequences:
             del self._sequences[sequence]
             self.pages.release(sequence)
+        self.sampler.retire(sequences)
         if sequences:
             self._filled = None
 
@@ -94,7 +98,10 @@ class NativeModel:
             RunningSequence(prompt.pages, len(prompt.tokens), 0, a.sampling)
             for prompt, a in zip(prompts, admissions, strict=True)
         ]
-        tokens = self._sample_first(hidden, started)
+        for admission in admissions:
+            if admission.sampling.changes_logits or admission.sampling.logprobs is not None:
+                self.sampler.admit(admission)
+        tokens = self._sample_first(hidden, started, [admission.sequence for admission in admissions])
         for admission, sequence, token in zip(admissions, started, tokens, strict=True):
             sequence.token = token
             self._sequences[admission.sequence] = sequence
@@ -102,20 +109,23 @@ class NativeModel:
         return {admission.sequence: token for admission, token in zip(admissions, tokens, strict=True)}
 
     @torch.inference_mode()
-    def _sample_first(self, hidden: torch.Tensor, started: Sequence[RunningSequence]) -> list[int]:
+    def _sample_first(
+        self, hidden: torch.Tensor, started: Sequence[RunningSequence], numbers: Sequence[int]
+    ) -> list[int]:
         self.logits = linear(hidden, self.decoder.weights.head)
         rows = Rows.empty(len(started), 1, hidden.device)
         rows.fill(started)
         chosen = sample(self.logits, rows.temperature, rows.seeds, rows.positions, rows.top_p)
-        tokens: list[int] = chosen.where(self.logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
-        return tokens
+        chosen = chosen.where(self.logits.amax(dim=-1).isfinite(), NO_TOKEN)
+        self.sampler.choose_again(numbers, self.logits, chosen)
+        return self.sampler.take_in(numbers, self.logits, chosen)
 
     def decode(self) -> dict[int, int]:
         """Feed every sequence's newest token and sample its next."""
         running = list(self._sequences.values())
         num_rows = bucket_of(len(running), self.max_sequences)
         num_pages = self._num_pages(max(sequence.position for sequence in running) + 1)
-        nucleus = any(sequence.sampling.top_p < 1 for sequence in running)
+        nucleus = any(each.sampling.top_p < 1 and not each.sampling.changes_logits for each in running)
         step = self._step(num_rows, num_pages, nucleus)
         rows = self._rows[num_rows, num_pages]
         if rows is not self._filled:
@@ -124,7 +134,10 @@ class NativeModel:
         if self._replayed is not None:
             self._replayed.advance()
         self.logits = step()[: len(running)]
-        tokens = rows.sampled[: len(running)].tolist()
+        sampled = rows.sampled[: len(running)]
+        if self.sampler.choose_again(self.running, self.logits, sampled):
+            rows.feed_sampled(len(running))
+        tokens = self.sampler.take_in(self.running, self.logits, sampled)
         for sequence, token in zip(running, tokens, strict=True):
             sequence.token = token
             sequence.position += 1

@@ -23,7 +23,7 @@ class RunningSequence:
         pages: that it holds, in order.
         position: of ``token``, which is fed next.
         token: its newest.
-        sampling: of its tokens; the seed is a number.
+        sampling: of its tokens, resolved.
     """
 
     pages: list[int]
@@ -96,6 +96,12 @@ class Rows:
         self.temperature.copy_(torch.tensor([each.temperature for each in sampling], dtype=torch.float32))
         self.top_p.copy_(torch.tensor([each.top_p for each in sampling], dtype=torch.float32))
         self.seeds.copy_(torch.tensor([each.seed for each in sampling]))
+
+    def feed_sampled(self, num_sequences: int) -> None:
+        """Feed what ``sampled`` has now to the first rows; further ones go on repeating the first."""
+        tokens = self.sampled.clamp(min=0)
+        self.tokens[:num_sequences] = tokens[:num_sequences]
+        self.tokens[num_sequences:] = tokens[0]
 
     def slot_index(self, page_size: int) -> torch.Tensor:
         """Where this step's keys and values are cached, int64 ``[B]``; -1 for padding."""

@@ -8,6 +8,7 @@ import torch
 
 from runtime.distributed import RankGroup
 from runtime.native.model import NativeModel
+from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 from runtime.worker_interface import ModelFacts, Worker
 
@@ -33,6 +34,11 @@ class NativeWorker(Worker):
         if step.admit:
             return self.model.prefill(step.admit)
         return self.model.decode() if self.model.running else {}
+
+    @property
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Of the last step's tokens; see `Worker.logprobs`."""
+        return self.model.sampler.logprobs
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from runtime.requests import TokenEvent
+from runtime.requests import TokenEvent, TokenLogprobs
 from runtime.step_plan import StepPlan
 
 WAIT_S = 10
@@ -23,6 +23,7 @@ class FakeWorker:
         self.group = SimpleNamespace(world_size=world_size, broadcast_json=self._broadcast)
         self.model = SimpleNamespace(can_merge=can_merge, can_pad=can_pad)
         self.everyone_holds_all = everyone
+        self.logprobs: dict[int, TokenLogprobs] = {}
         self.plans: list[StepPlan] = []
         self.sent_at: list[float] = []
         self.tokens: Callable[[int, int], int] = lambda sequence, step: 10 + sequence
