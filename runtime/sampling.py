@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from kernels.sample import sample
 from kernels.sample.reference import MIN_TEMPERATURE
-from runtime.logprobs import token_logprobs
+from runtime.logprobs import logprob_rows, read_rows
 from runtime.requests import SamplingParameters, TokenLogprobs
 from runtime.step_plan import Admission
 from runtime.worker_interface import NO_TOKEN
@@ -55,12 +56,12 @@ class History:
             self._tokens = ()
         return self._counts_2V
 
-    def add(self, token: int) -> None:
-        """Take in the token that was chosen."""
+    def add(self, token_1: torch.Tensor) -> None:
+        """Take in the token that was chosen, int64 ``[1]``."""
         self.position += 1
         self.num_generated += 1
         if self._counts_2V is not None:
-            self._counts_2V[1, token] += 1
+            self._counts_2V[1].index_add_(0, token_1.clamp(min=0), torch.ones_like(token_1, dtype=torch.int32))
 
     def shifts(self) -> list[tuple[int, float]]:
         """(token, what its logit gains) for the next choice, bias and forbidden ends."""
@@ -72,12 +73,10 @@ class History:
 class Sampler:
     """Chooses the tokens of sequences between their admission and their retirement.
 
-    Attributes:
-        logprobs: of the tokens chosen last, by sequence, where they were asked for.
+    Nothing here but `choose` waits for the device.
     """
 
     def __init__(self) -> None:
-        self.logprobs: dict[int, TokenLogprobs] = {}
         self._histories: dict[int, History] = {}
 
     def admit(self, admission: Admission) -> None:
@@ -90,16 +89,24 @@ class Sampler:
             self._histories.pop(sequence, None)
 
     @torch.inference_mode()
-    def choose(self, sequences: Sequence[int], logits_RV: torch.Tensor) -> list[int]:
-        """Choose the next token of sequences that were all admitted; `NO_TOKEN` where logits are not finite."""
+    def choose(
+        self, sequences: Sequence[int], logits_RV: torch.Tensor
+    ) -> tuple[dict[int, int], dict[int, TokenLogprobs]]:
+        """Choose the next token of sequences that were all admitted.
+
+        Returns:
+            Their tokens, `NO_TOKEN` where logits are not finite; and log-probabilities, where they are asked for.
+        """
         histories = [self._histories[sequence] for sequence in sequences]
         chosen_R = draw(logits_RV, histories)
         chosen_R.masked_fill_(~logits_RV.amax(dim=-1).isfinite(), NO_TOKEN)  # NaN is the greatest value to amax, too
         self.choose_again(sequences, logits_RV, chosen_R)
-        return self.take_in(sequences, logits_RV, chosen_R)
+        asking, rows = self.take_in(sequences, logits_RV, chosen_R)
+        tokens = dict(zip(sequences, chosen_R.tolist(), strict=True))
+        return tokens, read_rows(asking, rows) if rows is not None else {}
 
     @torch.inference_mode()
-    def choose_again(self, sequences: Sequence[int], logits_RV: torch.Tensor, chosen_R: torch.Tensor) -> list[int]:
+    def choose_again(self, sequences: Sequence[int], logits_RV: torch.Tensor, chosen_R: torch.Tensor) -> bool:
         """Replace, in place, what temperature, nucleus and seed chose for sequences that ask for more.
 
         Args:
@@ -108,45 +115,46 @@ class Sampler:
             chosen_R: int64; `NO_TOKEN` stays.
 
         Returns:
-            The rows that were chosen again.
+            Whether any row was chosen again.
         """
         found = {row: self._histories.get(sequence) for row, sequence in enumerate(sequences)}
         again = {row: history for row, history in found.items() if history and history.sampling.changes_logits}
         if again:
-            rows = torch.tensor(list(again), device=logits_RV.device)
-            histories = list(again.values())
+            rows, histories = _upload(list(again), torch.int64, logits_RV), list(again.values())
             tokens = draw(adjust_logits(logits_RV[rows], histories), histories)
             chosen_R[rows] = tokens.where(chosen_R[rows] != NO_TOKEN, NO_TOKEN)
-        return list(again)
+        return bool(again)
 
     @torch.inference_mode()
-    def take_in(self, sequences: Sequence[int], logits_RV: torch.Tensor, chosen_R: torch.Tensor) -> list[int]:
-        """Go on by the chosen tokens, and set ``logprobs``; the tokens."""
-        tokens: list[int] = chosen_R.tolist()
-        asked = {}
-        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+    def take_in(
+        self, sequences: Sequence[int], logits_RV: torch.Tensor, chosen_R: torch.Tensor
+    ) -> tuple[list[int], torch.Tensor | None]:
+        """Go on by the chosen tokens.
+
+        Returns:
+            The sequences that ask for log-probabilities, and these as `logprob_rows` gives them; None for no sequences.
+        """
+        asked: dict[int, int] = {}
+        for row, sequence in enumerate(sequences if self._histories else ()):
             history = self._histories.get(sequence)
-            if history is None or token == NO_TOKEN:
-                continue
-            history.add(token)
-            if history.sampling.logprobs is not None:
-                asked[row] = history.sampling.logprobs
-        found = token_logprobs(logits_RV, tokens, asked) if asked else {}
-        self.logprobs = {sequences[row]: logprobs for row, logprobs in found.items()}
-        return tokens
+            if history is not None:
+                history.add(chosen_R[row : row + 1])
+                if history.sampling.logprobs is not None:
+                    asked[row] = history.sampling.logprobs
+        return [sequences[row] for row in asked], logprob_rows(logits_RV, chosen_R, asked) if asked else None
 
 
 def draw(logits_RV: torch.Tensor, histories: Sequence[History]) -> torch.Tensor:
     """Choose by temperature, nucleus and seed alone; int64 ``[R]``."""
     settings = [history.sampling for history in histories]
-    if all(sampling.temperature == 0 for sampling in settings):
-        return logits_RV.argmax(dim=-1)
+    if not logits_RV.is_cuda and all(sampling.temperature == 0 for sampling in settings):
+        return logits_RV.argmax(dim=-1)  # what the reference takes, less the noise that it would make
     top_p_R = _numbers([sampling.top_p for sampling in settings], logits_RV)
     return sample(
         logits_RV,
         _numbers([sampling.temperature for sampling in settings], logits_RV),
-        torch.tensor([sampling.seed for sampling in settings], device=logits_RV.device),
-        torch.tensor([history.position for history in histories], device=logits_RV.device),
+        _upload([sampling.seed for sampling in settings], torch.int64, logits_RV),
+        _upload([history.position for history in histories], torch.int64, logits_RV),
         top_p_R if any(sampling.top_p < 1 for sampling in settings) else None,
     )
 
@@ -162,7 +170,7 @@ def adjust_logits(logits_RV: torch.Tensor, histories: Sequence[History]) -> torc
     ):
         rows = [row for row, history in enumerate(histories) if applies(history.sampling)]
         if rows:
-            index = torch.tensor(rows, device=logits_RV.device)
+            index = _upload(rows, torch.int64, logits_RV)
             logits_RV[index] = change(logits_RV[index], [histories[row] for row in rows])
     return logits_RV
 
@@ -177,7 +185,7 @@ def _shift(logits_RV: torch.Tensor, histories: Sequence[History]) -> None:
     ]
     if shifts:
         rows, tokens, gains = zip(*shifts, strict=True)
-        index = torch.tensor(rows, device=logits_RV.device), torch.tensor(tokens, device=logits_RV.device)
+        index = _upload(rows, torch.int64, logits_RV), _upload(tokens, torch.int64, logits_RV)
         logits_RV.index_put_(index, _numbers(gains, logits_RV), accumulate=True)
 
 
@@ -203,8 +211,9 @@ def _keep_likely(logits_RV: torch.Tensor, histories: Sequence[History]) -> torch
 
 def _keep_first(logits_RV: torch.Tensor, histories: Sequence[History]) -> torch.Tensor:
     """Rule out all but the ``top_k`` greatest logits, lower ids first among equals."""
-    ranks = torch.tensor([history.sampling.top_k for history in histories], device=logits_RV.device)[:, None]
-    greatest = logits_RV.topk(int(ranks.max()), dim=-1).values
+    most = [history.sampling.top_k for history in histories]
+    ranks = _upload(most, torch.int64, logits_RV)[:, None]
+    greatest = logits_RV.topk(max(most), dim=-1).values
     last = greatest.gather(1, ranks - 1)
     above_RV, equal_RV = logits_RV > last, logits_RV == last
     room = ranks - above_RV.sum(dim=-1, keepdim=True)
@@ -212,4 +221,10 @@ def _keep_first(logits_RV: torch.Tensor, histories: Sequence[History]) -> torch.
 
 
 def _numbers(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)
+    return _upload(values, torch.float32, like)
+
+
+def _upload(values: Sequence[Any], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """Numbers beside another tensor, without waiting for what its device is doing."""
+    source = torch.tensor(values, dtype=dtype)
+    return source.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else source

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from profiler.errors import InputError
-from runtime.logprobs import token_logprobs
+from runtime.logprobs import logprob_rows, read_rows
 from runtime.requests import LEAST_LOGPROB, SamplingParameters
 from runtime.sampling import History, Sampler, adjust_logits, draw
 from runtime.step_plan import Admission
@@ -36,6 +36,11 @@ def sampler_of(*requests: SamplingParameters, tokens: list[int] | None = None) -
     for number, sampling in enumerate(requests):
         sampler.admit(Admission(number, tokens or [0], 0, sampling.resolved(())))
     return sampler
+
+
+def next_of(sampler: Sampler, sequence: int, logits: torch.Tensor) -> int:
+    """One sequence's next token."""
+    return sampler.choose([sequence], logits[None])[0][sequence]
 
 
 def draws(count: int, logits: torch.Tensor = LOGITS, **fields: Any) -> Counter[int]:
@@ -88,9 +93,9 @@ def test_every_field_does_what_the_slow_definition_says(data: st.DataObject) -> 
         if asked[row].temperature:
             assert set(adjusted[row].isfinite().nonzero()[:, 0].tolist()) == set(choice.left)
         np.testing.assert_allclose(adjusted[row, choice.left], choice.logits[choice.left], atol=1e-4)
-    chosen = sampler.choose(range(rows), torch.tensor(logits))
+    chosen, _ = sampler.choose(range(rows), torch.tensor(logits))
     # Of equal logits after penalties, rounding decides; a greedy choice is one of the greatest.
-    for token, choice in zip(chosen, expected, strict=True):
+    for token, choice in zip(chosen.values(), expected, strict=True):
         assert token == choice.token or choice.logits[token] == pytest.approx(choice.logits[choice.token], abs=1e-4)
 
 
@@ -102,10 +107,10 @@ def test_a_preempted_sequence_goes_on_as_if_nothing_had_happened(
     logits = torch.randn((6, VOCABULARY), generator=torch.Generator().manual_seed(seed))
     whole = Sampler()
     whole.admit(Admission(0, prompt, 0, request))
-    tokens = [whole.choose([0], row[None])[0] for row in logits]
+    tokens = [next_of(whole, 0, row) for row in logits]
     resumed = Sampler()
     resumed.admit(Admission(5, prompt + tokens[:3], 0, request, generated=3))
-    assert [resumed.choose([5], row[None])[0] for row in logits[3:]] == tokens[3:]
+    assert [next_of(resumed, 5, row) for row in logits[3:]] == tokens[3:]
 
 
 @pytest.mark.parametrize(
@@ -152,11 +157,11 @@ def test_a_tiny_temperature_is_greedy(temperature: float, fields: dict[str, Any]
 def test_draws_depend_on_the_own_request_alone(fields: dict[str, Any]) -> None:
     mine, other = SamplingParameters(seed=7, **fields), SamplingParameters(seed=8, min_p=0.2, logit_bias=((1, 1.0),))
     alone, together = sampler_of(mine), sampler_of(other, mine, other)
-    expected = [alone.choose([0], LOGITS[None])[0] for _ in range(50)]
+    expected = [next_of(alone, 0, LOGITS) for _ in range(50)]
     torch.manual_seed(123)
-    rows = [together.choose([2, 1, 0], LOGITS.repeat(3, 1)) for _ in range(50)]
+    rows = [together.choose([2, 1, 0], LOGITS.repeat(3, 1))[0] for _ in range(50)]
     assert [row[1] for row in rows] == expected
-    assert [row[0] for row in rows] != expected
+    assert [row[2] for row in rows] != expected
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
@@ -165,13 +170,13 @@ def test_every_accepted_seed_works(seed: int) -> None:
 
 
 def test_min_tokens_forbids_what_would_end_the_sequence() -> None:
-    logits = torch.tensor([[0.0, 9.0, 8.0, 7.0]])
+    logits = torch.tensor([0.0, 9.0, 8.0, 7.0])
     sampling = SamplingParameters(temperature=0, min_tokens=2, stop_token_ids=(1,))
     for ignore_eos, expected in ((False, [3, 3, 1]), (True, [2, 2, 1])):
         sampler = Sampler()
         resolved = SamplingParameters(**asdict(sampling) | {"ignore_eos": ignore_eos}).resolved([2])
         sampler.admit(Admission(0, [0], 0, resolved))
-        assert [sampler.choose([0], logits)[0] for _ in range(3)] == expected
+        assert [next_of(sampler, 0, logits) for _ in range(3)] == expected
 
 
 def test_tokens_that_the_model_does_not_have_change_nothing() -> None:
@@ -183,17 +188,19 @@ def test_logprobs_are_of_the_model_whatever_the_request_changes() -> None:
     logits = torch.tensor([[1.0, -math.inf, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
     biased = SamplingParameters(temperature=0, logit_bias=((0, 50.0),), logprobs=2)
     sampler = sampler_of(biased, SamplingParameters(temperature=0))
-    assert sampler.choose([0, 1], logits) == [0, 0]
-    assert list(sampler.logprobs) == [0]
+    tokens, logprobs = sampler.choose([0, 1], logits)
+    assert tokens == {0: 0, 1: 0}
+    assert list(logprobs) == [0]
     expected = torch.log_softmax(logits[0], dim=0)
-    found = sampler.logprobs[0]
+    found = logprobs[0]
     assert found.chosen == pytest.approx(float(expected[0]))
     assert [token for token, _ in found.top] == [2, 3]
     assert [value for _, value in found.top] == pytest.approx(expected[[2, 3]].tolist())
 
 
 def test_more_logprobs_than_tokens_and_one_that_json_could_not_carry() -> None:
-    [found] = token_logprobs(torch.tensor([[0.0, -math.inf]]), [1], {0: 20}).values()
+    rows = logprob_rows(torch.tensor([[0.0, -math.inf]]), torch.tensor([1]), {0: 20})
+    [found] = read_rows([5], rows).values()
     assert found.chosen == LEAST_LOGPROB
     assert found.top == ((0, 0.0), (1, LEAST_LOGPROB))
 
@@ -249,7 +256,7 @@ def test_logits_that_are_no_numbers_give_no_token() -> None:
     worker.everyone_holds_all = True
     worker.group = SimpleNamespace(rank=0)  # type: ignore[assignment]
     fields: list[dict[str, Any]] = [{"temperature": 0}, {}, {"top_k": 1}, {"temperature": 0, "logprobs": 1}]
+    worker._logprobs = {}
     worker._sampler = sampler_of(*(SamplingParameters(**each) for each in fields))
     logits = torch.tensor([[-math.inf, 1.0], [math.nan, 1.0], [math.inf, 1.0], [math.nan, 1.0]])
     assert worker._sample([0, 1, 2, 3], logits) == {0: 1, 1: NO_TOKEN, 2: NO_TOKEN, 3: NO_TOKEN}
-    assert not worker._sampler.logprobs

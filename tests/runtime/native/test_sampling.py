@@ -9,8 +9,8 @@ import pytest
 
 from runtime.native.model import NativeModel
 from runtime.requests import TokenLogprobs
-from runtime.step_plan import Admission
-from tests.support.native import Recording, native_model
+from runtime.step_plan import Admission, Piece, StepPlan
+from tests.support.native import Recording, native_model, retire
 from tests.support.sampled_requests import PROMPTS, RESOLVED, assert_chosen, assert_logprobs
 
 NEW_TOKENS = 9
@@ -28,33 +28,30 @@ class Run(Recording):
         super().__init__()
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
 
-    def note(self, model: NativeModel, new: dict[int, int]) -> None:
-        super().note(model, new)
-        for sequence, logprobs in model.sampler.logprobs.items():
+    def take(self, model: NativeModel, step: StepPlan) -> None:
+        """Run a step and note what it gave."""
+        new = model.launch(step)
+        self.note(model, new())
+        for sequence, logprobs in new.logprobs.items():
             self.logprobs.setdefault(sequence, []).append(logprobs)
 
 
-def run(model: NativeModel, numbers: Sequence[int], generated: dict[int, list[int]] | None = None) -> Run:
-    """Admit requests, two at a time, and decode until all have their tokens."""
-    found, waiting = Run(), list(numbers)
-    given = generated or {}
+def run(model: NativeModel, numbers: Sequence[int], before: dict[int, list[int]] | None = None) -> Run:
+    """Admit requests, two at a time while the others decode, until all have their tokens.
+
+    Requests that have tokens from ``before`` go on from there.
+    """
+    found, waiting, given = Run(), list(numbers), before or {}
     while waiting or model.running:
-        if waiting:
-            joining, waiting = waiting[:2], waiting[2:]
-            tokens = {number: [*PROMPTS[number], *given.get(number, [])] for number in joining}
-            found.note(
-                model,
-                model.prefill(
-                    [
-                        Admission(n, tokens[n], 0, RESOLVED[n], NEW_TOKENS, generated=len(given.get(n, [])))
-                        for n in joining
-                    ]
-                ),
-            )
-        if model.running:
-            found.note(model, model.decode())
-        due = [n for n in model.running if len(found.tokens[n]) + len(given.get(n, [])) >= NEW_TOKENS]
-        model.retire(due)
+        joining, waiting = waiting[:2], waiting[2:]
+        admissions = []
+        for number in joining:
+            old = given.get(number, [])
+            pages = [2 * number, 2 * number + 1]
+            admissions.append(Admission(number, [*PROMPTS[number], *old], 0, RESOLVED[number], len(old), pages))
+        feed = [Piece(admission.sequence, 0, len(admission.tokens)) for admission in admissions]
+        found.take(model, StepPlan(admit=admissions, feed=feed))
+        retire(model, [n for n in model.running if len(found.tokens[n]) + len(given.get(n, [])) >= NEW_TOKENS])
     return found
 
 
