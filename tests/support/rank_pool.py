@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from runtime.requests import SamplingParameters, TokenLogprobs
+from runtime.requests import SamplingParameters, TokenEvent, TokenLogprobs
+from tests.support.schedules import Arrival
 
 TIMEOUT_S = 120
 
@@ -44,6 +45,25 @@ class Job:
     sampling: list[SamplingParameters] | None = None
 
 
+@dataclass(frozen=True)
+class EngineJob:
+    """A model to load by a plan, and requests for an engine.
+
+    Attributes:
+        model: directory.
+        plan: as `PlacementPlan.to_dict` gives it.
+        exchange: mode.
+        schedule: of requests; the result's tokens are numbered by it.
+        settings: of the engine.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    exchange: str
+    schedule: tuple[Arrival, ...]
+    settings: dict[str, Any]
+
+
 @dataclass
 class Result:
     """What a rank found; tokens and logits are those it sampled itself.
@@ -55,6 +75,8 @@ class Result:
         routes: per layer index, the ids ``[T, K]`` of all forward passes in order.
         expert_parameter_bytes: of the experts modules after loading.
         expert_bytes_read: from the checkpoint.
+        events: of every request of an engine's schedule.
+        pieces: of prompts in every plan of the engine.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -63,6 +85,8 @@ class Result:
     routes: dict[int, list[np.ndarray]] = field(default_factory=dict)
     expert_parameter_bytes: int = 0
     expert_bytes_read: int = 0
+    events: list[list[TokenEvent]] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
 
 
 class RankPool:
@@ -81,7 +105,7 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, job: Job) -> list[Result]:
+    def run(self, job: Job | EngineJob) -> list[Result]:
         """Execute a job; every rank's result, or the first rank's traceback as an error."""
         for pipe in self._pipes:
             pipe.send(job)
@@ -126,7 +150,7 @@ def _rank_main(rank: int, world_size: int, port: int, device: str, pipe: Any) ->
     while True:
         job = pipe.recv()
         try:
-            pipe.send(_run_job(job, group))
+            pipe.send(_run_job(job, group) if isinstance(job, Job) else _run_engine(job, group))
         except Exception:  # noqa: BLE001 - the parent raises it
             pipe.send(traceback.format_exc())
 
@@ -149,6 +173,24 @@ def _run_job(job: Job, group: Any) -> Result:
     _record_logits(worker, result)
     _drive(worker, job, group.world_size, result)
     return result
+
+
+def _run_engine(job: EngineJob, group: Any) -> Result:
+    """Rank 0 plays the schedule on an engine, the others follow; what rank 0's requests got."""
+    from placement.plan import PlacementPlan
+    from runtime.checkpoint import load_shard
+    from runtime.settings import EngineSettings
+    from runtime.worker import RankWorker, local_slots
+    from tests.support.schedules import Play
+
+    plan = PlacementPlan.from_dict(job.plan)
+    model, report = load_shard(job.model, local_slots(plan, group.rank), torch.float32, group.device)
+    worker = RankWorker(model, report, plan, group, job.exchange)
+    if group.rank != 0:
+        worker.serve()
+        return Result()
+    played = Play(worker, EngineSettings(**job.settings), job.schedule)
+    return Result(events=played.events, pieces=[len(plan.feed) for plan in played.plans])
 
 
 def _record_logits(worker: Any, result: Result) -> None:
