@@ -23,14 +23,14 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
     if int(os.environ.get("RANK", "0")) != 0:
         return follow(plan, model, settings)
 
-    from runtime.server import bind_socket, create_app, run_server
+    from runtime.server import Placement, bind_socket, create_app, run_server
 
     listening = bind_socket(server.host, server.port)
     tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
     engine = run.start_engine(settings)
     name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
-    app = create_app(engine, tokenizer, name, int(time.time()))
+    app = create_app(engine, tokenizer, name, int(time.time()), Placement(plan, engine.meter))
     watch_ranks(run, engine)
     engine.start()
     try:

@@ -12,12 +12,19 @@ from runtime.server.chat import chat_router
 from runtime.server.completions import completions_router
 from runtime.server.context import ServerContext
 from runtime.server.errors import ApiError, install_error_handlers
+from runtime.server.placement import Placement, placement_router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def create_app(engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model_name: str, created: int) -> FastAPI:
+def create_app(
+    engine: EngineProtocol,
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    created: int,
+    placement: Placement | None = None,
+) -> FastAPI:
     """The OpenAI-compatible application for one model.
 
     Args:
@@ -25,6 +32,7 @@ def create_app(engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model
         tokenizer: the model's own; chat needs its chat template.
         model_name: the name that requests must give, if they give one.
         created: Unix time in s that ``/v1/models`` reports.
+        placement: what is served, and how it goes; None leaves the routes about it out.
 
     Source: the routes and shapes of OpenAI's API reference (completions, chat completions, models).
     """
@@ -36,6 +44,8 @@ def create_app(engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model
     app.include_router(completions_router(context))
     app.include_router(chat_router(context))
     app.include_router(_facts_router(context))
+    if placement is not None:
+        app.include_router(placement_router(placement, engine, model_name))
     app.add_middleware(BodyLimit)
     install_error_handlers(app)
     return app
