@@ -1,6 +1,6 @@
 """What the experts' slots had to do: token–expert pairs and activity, counted where the model runs.
 
-Shape legend: L MoE layers, G GPUs, P slots (of the GPU that has most), T tokens, K choices per token, E logical experts.
+Shape legend: L MoE layers, G GPUs, P slots (of the GPU that has most), T tokens, K choices, E logical experts.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ class DispatchLoad:
         for layer, gpus in enumerate(plan.slots):
             for gpu, experts in enumerate(gpus):
                 first = gpu * self._widest
-                self._slot_of[layer, gpu, list(experts)] = torch.arange(
-                    first, first + len(experts), dtype=torch.int32
-                )
+                self._slot_of[layer, gpu, list(experts)] = torch.arange(first, first + len(experts), dtype=torch.int32)
         self._slot_of = self._slot_of.to(device)
         self._counter = SlotCounter(plan.num_layers, plan.num_gpus * self._widest, device)
         self._steps = 0

@@ -172,7 +172,9 @@ def load_decoder(
         size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
         raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
     positions = min(shape.max_positions, cache.num_tokens)
-    counter = SlotCounter(sum(shape.moe_layers), max(map(len, slots.values())), device) if any(shape.moe_layers) else None
+    counter = (
+        SlotCounter(sum(shape.moe_layers), max(map(len, slots.values())), device) if any(shape.moe_layers) else None
+    )
     return Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), load=counter)
 
 

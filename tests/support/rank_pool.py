@@ -49,6 +49,7 @@ class Result:
         routes: per layer index, the ids ``[T, K]`` of all forward passes in order.
         expert_parameter_bytes: of the experts modules after loading.
         expert_bytes_read: from the checkpoint.
+        load: of all slots, on the rank that knows it.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Result:
     routes: dict[int, list[np.ndarray]] = field(default_factory=dict)
     expert_parameter_bytes: int = 0
     expert_bytes_read: int = 0
+    load: Any = None
 
 
 class RankPool:
@@ -141,6 +143,7 @@ def _run_job(job: Job, group: Any) -> Result:
     worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
     _record_logits(worker, result)
     _drive(worker, job, group.world_size, result)
+    result.load = worker.take_load()
     return result
 
 
