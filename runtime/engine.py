@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
@@ -37,7 +37,6 @@ class _Request:
     generated: int = 0
     home: int = 0
     cancelled: bool = False
-    submitted_s: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -202,7 +201,6 @@ class Engine:
             self._waiting.popleft()
             request.home = self._choose_home()
             self._running[request.number] = request
-            self.meter.admitted(time.monotonic() - request.submitted_s)
             admissions.append(Admission(request.number, request.prompt, request.home, sampling, sampling.max_tokens))
         return admissions
 

@@ -67,12 +67,7 @@ class StepMeter:
         self._tokens = 0
         self._pending = False  # steps since the load was last taken
         self._since_s = clock()
-        self.on_admitted: Callable[[float], None] = lambda waited_s: None
         self.on_decode_step: Callable[[float], None] = lambda step_s: None
-
-    def admitted(self, waited_s: float) -> None:
-        """A request left the queue after so many seconds."""
-        self.on_admitted(waited_s)
 
     def stepped(self, step_s: float, num_tokens: int, decoding: bool) -> None:
         """A step that gave so many tokens took so long."""

@@ -16,10 +16,17 @@ from runtime.step_meter import MeterReading, StepMeter
 
 
 class Placement:
-    """The plan that is served, and the meter of the engine that serves it."""
+    """What is served.
 
-    def __init__(self, plan: PlacementPlan, meter: StepMeter) -> None:
+    Args:
+        plan: says where the experts are.
+        meter: of the engine that serves it.
+        exchange: mode in which the ranks exchange hidden states; None takes the plan's.
+    """
+
+    def __init__(self, plan: PlacementPlan, meter: StepMeter, exchange: str | None = None) -> None:
         self.plan, self.meter = plan, meter
+        self.exchange = exchange or plan.workload.exchange
         self._sizes, self._step_us = _predictions(plan.predicted)
 
     def predicted_step_us(self, num_tokens: int) -> float | None:
