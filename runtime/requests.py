@@ -151,8 +151,11 @@ class EngineProtocol(Protocol):
         prompt_token_ids: Sequence[int],
         sampling: SamplingParameters,
         on_event: Callable[[TokenEvent], None],
+        user: str = "",
     ) -> int:
         """Queue a request and return its id; ``on_event`` is called from the engine's own thread.
+
+        Waiting requests of several users are admitted in turn.
 
         Raises:
             QueueFull: as many requests wait as may.
