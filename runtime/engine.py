@@ -19,6 +19,7 @@ from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, QueueFull, SamplingParameters, StepTime, TokenEvent
 from runtime.scheduler import Scheduler
 from runtime.settings import EngineSettings
+from runtime.step_meter import StepMeter
 from runtime.step_plan import StepPlan
 from runtime.waiting import Request
 from runtime.worker_interface import NO_TOKEN, Tokens, Worker
@@ -40,12 +41,16 @@ class Engine:
         settings: limits of a step.
         eos_token_ids: tokens that end a sequence.
         max_context: the most tokens of one sequence, prompt and generated.
+
+    Attributes:
+        meter: of its steps and of the load of the experts' slots.
     """
 
     def __init__(
         self, worker: Worker, settings: EngineSettings, eos_token_ids: Sequence[int], max_context: int
     ) -> None:
         self.max_context = max_context
+        self.meter = StepMeter(worker.take_load)
         self._worker, self._settings = worker, settings
         self._eos = frozenset(eos_token_ids)
         self._numbers = itertools.count()
@@ -191,6 +196,8 @@ class Engine:
                 self._finish(step)
             with self._changed:
                 self._hand_out()
+            if not self._open:
+                self.meter.idle()
 
     def _plan_ahead(self) -> StepPlan | None:
         """The next step, where it can be planned without the tokens of the one under way."""
@@ -223,11 +230,12 @@ class Engine:
     def _finish(self, step: _Step) -> None:
         """Wait for a step's tokens; end the requests that are done."""
         tokens = step.tokens()
+        step_time = StepTime(time.perf_counter() - step.start_s, step.batch, step.prompt_tokens)
+        self.meter.stepped(step_time, len(tokens))
         with self._changed:
             if step.batch:
                 self._decode_steps += 1
-                seconds = time.perf_counter() - step.start_s
-                self._step_times.append(StepTime(seconds, step.batch, step.prompt_tokens))
+                self._step_times.append(step_time)
             for number, token in tokens.items():
                 request = self._scheduler.running.get(number)
                 if request is not None:

@@ -16,6 +16,7 @@ from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
+from runtime.load import DispatchLoad, Load
 from runtime.logprobs import gather_logprobs
 from runtime.requests import TokenLogprobs
 from runtime.sampling import Sampler
@@ -42,7 +43,8 @@ class RankWorker(Worker):
         self.layers = report.layers
         # Only in ``alltoall`` can a rank be without sequences.
         self._empty_calls = [] if self.everyone_holds_all else _record_empty_calls(self.model, self.layers)
-        install_shards(report, plan, group, exchange, self.context)
+        self._load = DispatchLoad(plan, exchange, self.context, group.device) if group.rank == 0 else None
+        install_shards(report, plan, group, exchange, self.context, self._load)
         self.homes: dict[int, int] = {}  # every sequence that decodes, in the order in which they came to
         self.last_token: dict[int, int] = {}
         self._prompts: dict[int, Admission] = {}  # of the sequences that don't yet
@@ -61,6 +63,14 @@ class RankWorker(Worker):
         """Of the last step's tokens; see `Worker.logprobs`."""
         return self._logprobs
 
+    def take_load(self) -> Load | None:
+        """What rank 0 saw dispatched; see `Worker.take_load`."""
+        return None if self._load is None else self._load.take()
+
+    def _end_pass(self, decoding: bool) -> None:
+        if self._load is not None:
+            self._load.end_pass(decoding)
+
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
         self._logprobs = {}
@@ -72,12 +82,14 @@ class RankWorker(Worker):
         joining: list[SequenceBatch] = []
         for pieces in self._passes(step.feed):
             sampled |= self._feed(pieces, joining)
+            self._end_pass(decoding=False)
             for piece in pieces:
                 if piece.stop == len(self._prompts[piece.sequence].tokens):
                     started[piece.sequence] = self._prompts.pop(piece.sequence).home
         if decoding:
             self._count_tokens(dict.fromkeys(decoding, 1), decoding)
             sampled |= self._decode()
+            self._end_pass(decoding=True)
         for batch in joining:
             self._join(batch)
         self.homes |= started
@@ -238,9 +250,14 @@ def local_slots(plan: PlacementPlan, rank: int) -> dict[int, tuple[int, ...]]:
 
 
 def install_shards(
-    report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str, context: StepContext
+    report: LoadReport,
+    plan: PlacementPlan,
+    group: RankGroup,
+    exchange: str,
+    context: StepContext,
+    load: DispatchLoad | None = None,
 ) -> None:
-    """Give every experts module of the model its sharded forward."""
+    """Give every experts module of the model its sharded forward, whose dispatch ``load`` watches."""
     mode = EXCHANGES[exchange](group)
     position = {layer: index for index, layer in enumerate(plan.layer_ids)}
     for layer in report.layers:
@@ -250,5 +267,7 @@ def install_shards(
             slot_of_expert[expert] = slot
         copies = torch.as_tensor(plan.copies(index)).long().to(group.device)
         rule = DispatchRule(copies, group.world_size, plan.dispatch.split_above_tokens)
+        if load is not None:
+            rule = load.watch(index, rule)
         shard = ExpertShard(index, slot_of_expert.to(group.device), rule, mode, context, group.rank)
         shard.install(layer.experts)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import linear
 
 from kernels.sample import sample
+from runtime.load import Load
 from runtime.native.forward import Decoder
 from runtime.native.new_tokens import NewTokens
 from runtime.native.prefill import prefill
@@ -52,6 +53,7 @@ class NativeModel:
         self._graphs: dict[tuple[int, int, bool], GraphedStep] | None = {} if graphs else None
         self._sampler = Sampler()  # chooses again for sequences that ask for more than the step's own sampling
         self._replayed: ReplayedRoutes | None = None
+        self._steps = 0  # since the load was taken
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     @property
@@ -146,8 +148,17 @@ class NativeModel:
         if self._sampler.choose_again(numbers, logits, sampled):
             rows.feed_sampled(len(running))
         new.add(decoding, sampled, *self._sampler.take_in(numbers, logits, sampled))
+        self._steps += 1
         for sequence in running:
             sequence.position += 1
+
+    def take_load(self) -> Load | None:
+        """Work of this rank's slots since the last call."""
+        if self.decoder.load is None:
+            return None
+        pairs, active = (totals[:, None] for totals in self.decoder.load.take())
+        steps, self._steps = self._steps, 0
+        return Load(pairs, active, steps)
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take the experts of the next decode steps from routes ``[S, L, T, K]``; None ends that."""

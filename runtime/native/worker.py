@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from runtime.distributed import RankGroup
+from runtime.load import Load
 from runtime.native.model import NativeModel
 from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
@@ -47,6 +48,10 @@ class NativeWorker(Worker):
     def logprobs(self) -> dict[int, TokenLogprobs]:
         """Of the last step's tokens; see `Worker.logprobs`."""
         return self._logprobs
+
+    def take_load(self) -> Load | None:
+        """What the device has counted; see `Worker.take_load`."""
+        return self.model.take_load()
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""

@@ -107,6 +107,9 @@ class FakeWorker:
             written.update(pages[self.fed[sequence] // self.facts.cache.page_size :])
         assert all(count == 1 for count in written.values()), "a page that is not full has one holder"
 
+    def take_load(self) -> None:
+        return None
+
     @property
     def admitted(self) -> list[list[int]]:
         """Sequences of every step that admitted any."""

@@ -77,6 +77,7 @@ class Result:
         expert_bytes_read: from the checkpoint.
         events: of every request of an engine's schedule.
         pieces: of prompts in every plan of the engine.
+        load: of all slots, on the rank that knows it.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -87,6 +88,7 @@ class Result:
     expert_bytes_read: int = 0
     events: list[list[TokenEvent]] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
+    load: Any = None
 
 
 class RankPool:
@@ -172,6 +174,7 @@ def _run_job(job: Job, group: Any) -> Result:
     worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
     _record_logits(worker, result)
     _drive(worker, job, group.world_size, result)
+    result.load = worker.take_load()
     return result
 
 
