@@ -13,6 +13,7 @@ import torch
 from placement.plan import PlacementPlan
 from runtime.distributed import RankGroup
 from runtime.errors import ModelError, one_line
+from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
@@ -143,7 +144,8 @@ def load_native(
         native.max_context,
     )
     eos = eos_token_ids(_generation_config(model), config)
-    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, step_reads(decoder))
+    reads = step_reads(decoder)
+    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, reads, native.cache_size)
     return NativeWorker(native, facts, group)
 
 
@@ -185,7 +187,10 @@ def make_decoder(
         size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
         raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
     positions = min(shape.max_positions, cache.num_tokens)
-    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device))
+    counter = (
+        SlotCounter(sum(shape.moe_layers), max(map(len, slots.values())), device) if any(shape.moe_layers) else None
+    )
+    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), load=counter)
     if settings.weights == "random":
         return decoder, lambda: fill_with_random(parts)
     return decoder, lambda: fill_from_checkpoint(model, parts)
