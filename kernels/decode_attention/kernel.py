@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.decode_attention.splits import MAX_SPLITS, Tiles, choose_splits, choose_tiles
+from kernels.decode_attention.splits import Tiles, choose_splits, choose_tiles
 from kernels.launch import overlap
 
 LOG2_E = 1.4426950408889634
@@ -61,8 +61,11 @@ def add_splits(
     """
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
@@ -127,8 +130,11 @@ def _decode_attention(
     inside = (row < R)[:, None] & (column < D)[None, :]
     q_offset = sequence * (H * D) + head[:, None] * D + column[None, :]
 
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
@@ -244,6 +250,6 @@ def decode_attention_triton(
         )
     if batch and splits > 1:
         add_splits[(num_heads, batch)](
-            partial, peaks, totals, lengths, sink, out, splits, BLOCK_SPLITS=MAX_SPLITS, num_warps=4, **common
+            partial, peaks, totals, lengths, sink, out, splits, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=4, **common
         )
     return out

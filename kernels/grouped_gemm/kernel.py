@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.grouped_gemm.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, Activation
+from kernels.grouped_gemm import pairs
+from kernels.grouped_gemm.pairs import ALPHA, LEAST, LIMIT
+from kernels.grouped_gemm.reference import Activation
 from kernels.grouped_gemm.tiles import Tiles, choose_tiles, row_tiles
 from kernels.launch import overlap, power_of_two
 from kernels.permute import Permutation
 
-ALPHA = tl.constexpr(GPT_OSS_ALPHA)
-LIMIT, LEAST = tl.constexpr(GPT_OSS_LIMIT), tl.constexpr(-GPT_OSS_LIMIT)
 
 
 @triton.jit
@@ -56,8 +56,11 @@ def product_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One tile of ``x[pair // TOP_K] @ weight[slot].T``, and of the up projection below it where there is one."""
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     blocks = tl.cdiv(num_columns, COLUMNS)
     inside_group = tl.program_id(0) % (group * blocks)
@@ -171,6 +174,8 @@ def gate_up_triton(
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """What `gate_up` computes; the same arguments and results, and tiles to try."""
+    if tiles is None and len(permutation.order) <= pairs.MOST_PAIRS:
+        return pairs.pair_product(x, weight, bias, permutation, top_k, activation, pairs.GATED)
     tiles = tiles or choose_tiles(len(permutation.order), len(weight), weight.shape[1] // 2, True, x.element_size())
     return _product(x, weight, bias, permutation, top_k, activation, tiles)
 
@@ -183,5 +188,7 @@ def down_triton(
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """What `down` computes; the same arguments and results, and tiles to try."""
+    if tiles is None and len(permutation.order) <= pairs.MOST_PAIRS:
+        return pairs.pair_product(hidden, weight, bias, permutation, 1, "none", pairs.PLAIN)
     tiles = tiles or choose_tiles(len(hidden), len(weight), weight.shape[1], False, hidden.element_size())
     return _product(hidden, weight, bias, permutation, 1, "none", tiles)

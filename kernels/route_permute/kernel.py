@@ -42,8 +42,11 @@ def route_permute_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Route all tokens; a pair's place is the number of pairs that come before it."""
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     slots_TK = choose(
         logits,

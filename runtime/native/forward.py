@@ -28,6 +28,8 @@ Attend = Callable[[int, torch.Tensor], torch.Tensor]
 # layer, the router's choice and the pairs of every slot -> what is used instead
 ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
 
+FUSE = False
+
 
 @dataclass
 class Decoder:
@@ -81,30 +83,36 @@ def run_layers(
             eps=shape.eps,
         )
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
-        residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
+        logits = None
+        if FUSE and len(tokens) <= 4:
+            from kernels.skinny_linear.normed import normed_linear_triton
+            residual, normed, logits = normed_linear_triton(attended, residual, layer.mlp_norm, shape.eps, layer.experts.router, None)
+        else:
+            residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
-        residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
+        residual, normed = _feed_forward(decoder, number, residual, normed, next_norm, logits)
     return normed
 
 
 def _feed_forward(
-    decoder: Decoder, number: int, residual: torch.Tensor, normed: torch.Tensor, next_norm: torch.Tensor
+    decoder: Decoder, number: int, residual: torch.Tensor, normed: torch.Tensor, next_norm: torch.Tensor, logits=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's experts or MLP, the residual, and the next layer's norm; both ``[T, D]``."""
     layer, eps = decoder.weights.layers[number], decoder.shape.eps
     if layer.experts is None:
         assert layer.mlp is not None
         return add_rms_norm(gated_mlp(normed, layer.mlp), residual, next_norm, eps)
-    routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
+    routes, permutation = choose_experts(decoder.shape, layer.experts, normed, logits)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
     pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
-def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
+def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, logits=None) -> tuple[Routes, Permutation]:
     """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
-    logits = skinny_linear(normed, experts.router, experts.router_bias)
+    if logits is None:
+        logits = skinny_linear(normed, experts.router, experts.router_bias)
     return route_permute(
         logits,
         len(experts.gate_up),
