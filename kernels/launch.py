@@ -8,9 +8,6 @@ from typing import Any
 import torch
 
 
-MODE = 2
-
-
 @functools.cache
 def _can_overlap(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
@@ -19,14 +16,16 @@ def _can_overlap(device: torch.device) -> bool:
 def overlap(tensor: torch.Tensor) -> dict[str, Any]:
     """Launch options of a kernel that may start while the one before it ends (programmatic dependent launch).
 
-    Such a kernel takes ``OVERLAP`` and calls ``gdc_wait`` before it reads anything that a kernel wrote.
+    Such a kernel takes ``OVERLAP`` and calls ``gdc_wait`` before it reads anything that a kernel wrote, and before it
+    writes. It may call ``gdc_launch_dependents`` first of all: the next kernel's own wait lasts until this one has
+    ended, which ends after its wait, so that whatever ran earlier has ended too.
 
     Args:
         tensor: any argument of the kernel; needs Hopper or newer.
     """
     if tensor.is_cuda and _can_overlap(tensor.device):
-        return {"OVERLAP": MODE, "launch_pdl": True}
-    return {"OVERLAP": 0}
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
 
 
 def power_of_two(number: int) -> int:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.decode_attention.splits import Tiles, choose_splits, choose_tiles
-from kernels.launch import overlap
+from kernels.launch import overlap, power_of_two
 
 LOG2_E = 1.4426950408889634
 MIN_ROWS = 16  # of a tile that the matrix units take
@@ -61,12 +61,9 @@ def add_splits(
     """
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     _, _, active = split_range(length, oldest, 0, splits, BLOCK)
@@ -130,12 +127,9 @@ def _decode_attention(
     inside = (row < R)[:, None] & (column < D)[None, :]
     q_offset = sequence * (H * D) + head[:, None] * D + column[None, :]
 
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     start, end, _ = split_range(length, oldest, split, splits, BLOCK)
@@ -250,6 +244,6 @@ def decode_attention_triton(
         )
     if batch and splits > 1:
         add_splits[(num_heads, batch)](
-            partial, peaks, totals, lengths, sink, out, splits, BLOCK_SPLITS=triton.next_power_of_2(splits), num_warps=4, **common
+            partial, peaks, totals, lengths, sink, out, splits, BLOCK_SPLITS=power_of_two(splits), num_warps=4, **common
         )
     return out

@@ -49,11 +49,8 @@ def _mla_attention(
 ):
     split, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     head, column, turned = tl.arange(0, BLOCK_H), tl.arange(0, C), tl.arange(0, ROPE)
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     length = tl.load(lengths + sequence)
     start, end, _ = split_range(length, 0, split, splits, BLOCK)

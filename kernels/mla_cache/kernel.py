@@ -44,11 +44,8 @@ def _mla_cache(
     second = 2 * pair + 1 if INTERLEAVED else pair + HALF
     scale = tl.load(norm + column, mask=column < C, other=0.0).to(tl.float32)
     kind = q_out.dtype.element_ty
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     angles = cos_sin + tl.load(positions + token).to(tl.int64) * (2 * HALF) + pair
     cos = tl.load(angles, mask=pair < HALF, other=0.0)

@@ -25,7 +25,7 @@ def _add_rms_norm(
     ADD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP == 2:
+    if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * D
     column = tl.arange(0, BLOCK)
@@ -33,8 +33,6 @@ def _add_rms_norm(
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
-        tl.extra.cuda.gdc_launch_dependents()
     value = tl.load(x + row + column, mask=inside, other=0.0)
     if ADD:
         added = tl.load(residual + row + column, mask=inside, other=0.0)

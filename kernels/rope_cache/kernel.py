@@ -80,12 +80,9 @@ def _rope_cache(
     has_kept = kept_column < D
     exists = head < H + 2 * G
 
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     source = qkv + token * row_stride + head * D
     first = tl.load(source + first_column, mask=exists & has_pair, other=0.0).to(tl.float32)
     second = tl.load(source + second_column, mask=exists & has_pair, other=0.0).to(tl.float32)

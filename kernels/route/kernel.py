@@ -36,12 +36,9 @@ def route_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Route the program's token."""
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     choose(
         logits,
         bias,

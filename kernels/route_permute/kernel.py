@@ -42,12 +42,9 @@ def route_permute_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Route all tokens; a pair's place is the number of pairs that come before it."""
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     slots_TK = choose(
         logits,
         bias,

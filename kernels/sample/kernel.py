@@ -78,11 +78,8 @@ def _race(
 ):
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     token = part * PART + tl.arange(0, PART)
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     temperature = tl.load(temperatures + row)
     logit = tl.load(logits + row * row_stride + token, mask=token < V, other=-float("inf")).to(tl.float32)
@@ -148,11 +145,8 @@ def _check(
     OVERLAP: tl.constexpr,
 ):
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     temperature = tl.load(temperatures + row)
     if (temperature == 0) | (tl.load(top_ps + row) >= 1):
@@ -196,11 +190,8 @@ def _name_winner(
     OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    if OVERLAP == 2:
-        tl.extra.cuda.gdc_launch_dependents()
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
     winner = _winner(scores, tokens, row, V, PARTS, BLOCK_PARTS, NO_TOKEN)
     if NUCLEUS:

@@ -28,8 +28,6 @@ Attend = Callable[[int, torch.Tensor], torch.Tensor]
 # layer, the router's choice and the pairs of every slot -> what is used instead
 ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
 
-FUSE = False
-
 
 @dataclass
 class Decoder:
@@ -83,36 +81,30 @@ def run_layers(
             eps=shape.eps,
         )
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
-        logits = None
-        if FUSE and len(tokens) <= 4:
-            from kernels.skinny_linear.normed import normed_linear_triton
-            residual, normed, logits = normed_linear_triton(attended, residual, layer.mlp_norm, shape.eps, layer.experts.router, None)
-        else:
-            residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
+        residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
-        residual, normed = _feed_forward(decoder, number, residual, normed, next_norm, logits)
+        residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
     return normed
 
 
 def _feed_forward(
-    decoder: Decoder, number: int, residual: torch.Tensor, normed: torch.Tensor, next_norm: torch.Tensor, logits=None
+    decoder: Decoder, number: int, residual: torch.Tensor, normed: torch.Tensor, next_norm: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A layer's experts or MLP, the residual, and the next layer's norm; both ``[T, D]``."""
     layer, eps = decoder.weights.layers[number], decoder.shape.eps
     if layer.experts is None:
         assert layer.mlp is not None
         return add_rms_norm(gated_mlp(normed, layer.mlp), residual, next_norm, eps)
-    routes, permutation = choose_experts(decoder.shape, layer.experts, normed, logits)
+    routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
     pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
-def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, logits=None) -> tuple[Routes, Permutation]:
+def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
     """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
-    if logits is None:
-        logits = skinny_linear(normed, experts.router, experts.router_bias)
+    logits = skinny_linear(normed, experts.router, experts.router_bias)
     return route_permute(
         logits,
         len(experts.gate_up),
