@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from runtime.errors import InputError, ModelError
+from runtime.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_TIMEOUT_S = 86400
@@ -37,7 +37,10 @@ class EngineSettings(Settings):
             ``auto``: native where it serves the model, said in the log.
         cache_tokens: tokens whose keys and values the native path keeps room for; None takes what memory allows.
         max_sequences: the most sequences decoded together.
-        max_prefill_tokens: the most prompt tokens, padding included, prefilled in one step.
+        max_prefill_tokens: the most prompt tokens fed in one step; longer prompts are fed in pieces, between which what
+            runs goes on.
+        max_waiting: requests that may wait; more are refused.
+        prefix_cache: native path: whether prompts that begin alike share the pages of what they have in common.
         rank_timeout_s: a rank that does not answer for so long is lost.
     """
 
@@ -49,7 +52,9 @@ class EngineSettings(Settings):
     path: str = "auto"
     cache_tokens: int | None = None
     max_sequences: int = 64
-    max_prefill_tokens: int = 8192
+    max_prefill_tokens: int = 2048
+    max_waiting: int = 1024
+    prefix_cache: bool = True
     rank_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -66,7 +71,9 @@ class EngineSettings(Settings):
             raise ModelError(
                 f"model={self.model}: expected a directory or a hub id; write a number as model=./{self.model}"
             )
-        counts = [("max_sequences", self.max_sequences), ("max_prefill_tokens", self.max_prefill_tokens)]
+        if not isinstance(self.prefix_cache, bool):
+            raise ModelError(f"prefix_cache={self.prefix_cache}: expected true or false")
+        counts = [(name, getattr(self, name)) for name in ("max_sequences", "max_prefill_tokens", "max_waiting")]
         if self.cache_tokens is not None:
             counts.append(("cache_tokens", self.cache_tokens))
         for name, count in counts:
@@ -81,26 +88,3 @@ class EngineSettings(Settings):
         if self.dtype == "auto":
             return "auto" if device.type == "cuda" else torch.float32
         return DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class ServerSettings(Settings):
-    """Where a plan is served, and under what name.
-
-    Attributes:
-        host: name or address to listen on.
-        port: to listen on; 0 takes a free one.
-        served_model_name: what ``/v1/models`` calls the model; None takes the model's folder name or hub id.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.host, str):
-            raise InputError(f"host={self.host}: expected a name or an address of this machine")
-        if type(self.port) is not int:
-            raise InputError(f"port={self.port}: expected an integer from 0 to 65535")
-        if self.served_model_name is not None and not isinstance(self.served_model_name, str):
-            raise InputError(f"served_model_name={self.served_model_name}: expected text")

@@ -19,11 +19,13 @@ from kernels.rope_cache import rope_cache
 from kernels.route import Routes
 from kernels.route_permute import route_permute
 from kernels.skinny_linear import skinny_linear
+from runtime.load import SlotCounter
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
+from runtime.native.mla import LatentCache, latent_queries
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
 
-# layer, rotated queries [T, H, d] -> [T, H, d]
+# layer, rotated queries [T, H, d] -> values [T, H, …]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 # layer, the router's choice and the pairs of every slot -> what is used instead
 ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
@@ -36,21 +38,28 @@ class Decoder:
     Attributes:
         shape: its parameters.
         weights: in the operators' layout.
-        cache: of keys and values.
-        rotary: float32 ``[positions, 2, d/2]``.
+        cache: of keys and values, or of latent vectors.
+        rotary: float32 ``[positions, 2, r/2]`` for r rotated entries of a head.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
+        load: counts the pairs of every slot, where that is wanted.
     """
 
     shape: DecoderShape
     weights: DecoderWeights
-    cache: PagedCache
+    cache: PagedCache | LatentCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
+    load: SlotCounter | None = None
 
 
 def run_layers(
-    decoder: Decoder, tokens: torch.Tensor, positions: torch.Tensor, slot_index: torch.Tensor, attend: Attend
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    slot_index: torch.Tensor,
+    attend: Attend,
+    decoding: bool = False,
 ) -> torch.Tensor:
     """Feed tokens through all layers; their keys and values go into the cache.
 
@@ -60,31 +69,43 @@ def run_layers(
         positions: int32 ``[T]``.
         slot_index: where each token is cached, ``page * page_size + offset``, int64 ``[T]``; -1 caches nothing.
         attend: attention over the cache.
+        decoding: whether this is a decode step, for the counts of active experts.
 
     Returns:
         Hidden states after the last norm ``[T, D]``.
     """
-    shape, weights, cache = decoder.shape, decoder.weights, decoder.cache
+    shape, weights = decoder.shape, decoder.weights
     layers = weights.layers
     residual, normed = add_rms_norm(weights.embedding[tokens], None, layers[0].input_norm, shape.eps)
     for number, layer in enumerate(layers):
-        qkv = skinny_linear(normed, layer.qkv, layer.qkv_bias)
-        q = rope_cache(
-            qkv,
-            positions,
-            decoder.rotary,
-            cache.keys[number],
-            cache.values[number],
-            slot_index,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=shape.eps,
-        )
+        q = _queries(decoder, number, normed, positions, slot_index)
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
         residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
         residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
+    if decoder.load is not None:
+        decoder.load.end_pass(decoding, slot_index)
     return normed
+
+
+def _queries(
+    decoder: Decoder, number: int, normed: torch.Tensor, positions: torch.Tensor, slot_index: torch.Tensor
+) -> torch.Tensor:
+    """A layer's rotated queries ``[T, H, d]``; what its tokens are attended to by goes into the cache."""
+    shape, layer, cache = decoder.shape, decoder.weights.layers[number], decoder.cache
+    if isinstance(cache, LatentCache):
+        return latent_queries(shape, layer, normed, positions, decoder.rotary, cache.latents[number], slot_index)
+    return rope_cache(
+        skinny_linear(normed, layer.qkv, layer.qkv_bias),
+        positions,
+        decoder.rotary,
+        cache.keys[number],
+        cache.values[number],
+        slot_index,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+        eps=shape.eps,
+    )
 
 
 def _feed_forward(
@@ -98,18 +119,27 @@ def _feed_forward(
     routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
+    if decoder.load is not None:
+        decoder.load.note(routes.slots)
     pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
 def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
     """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
-    logits = skinny_linear(normed, experts.router, experts.router_bias)
+    routing = shape.routing
+    dtype = torch.float32 if routing.float32 else None
     return route_permute(
-        logits,
+        skinny_linear(normed, experts.router, experts.router_bias, dtype),
         len(experts.gate_up),
         top_k=shape.top_k,
+        scoring=routing.scoring,
         renormalise=shape.renormalise,
+        scale=routing.scale,
+        bias=experts.correction,
+        num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
+        group_score=routing.group_score,
         slot_of_expert=experts.slot_of_expert,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ import torch
 from placement.plan import PlacementPlan
 from runtime.distributed import RankGroup
 from runtime.errors import ModelError, one_line
+from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
 from runtime.native.forward import Decoder
+from runtime.native.mla import LatentCache
 from runtime.native.model import NativeModel
 from runtime.native.prefill_attention import EXPANDED
 from runtime.native.rope import rotary_table
@@ -120,24 +124,39 @@ def load_native(
     dtype = settings.torch_dtype(device)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    decoder = load_decoder(model, config, shape, local_slots(plan, group.rank), dtype, device, settings)
-    loaded_s = time.perf_counter()
+    decoder, fill = make_decoder(model, config, shape, local_slots(plan, group.rank), dtype, device, settings)
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
-    if device.type == "cuda" and capture:
-        native.capture(settings.max_sequences)
+    with ThreadPoolExecutor(1) as pool:
+        # The steps are captured while the weights are read: compiling takes processors, reading takes the disk.
+        filling = pool.submit(_timed, fill)
+        captured_s = 0.0
+        if device.type == "cuda" and capture:
+            if settings.weights == "random":  # drawn on the stream that a capture must not meet
+                filling.result()
+            captured_s = _timed(lambda: native.capture(settings.max_sequences))
+        filled_s = filling.result()
     logger.info(
-        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
-        loaded_s - start_s,
-        time.perf_counter() - loaded_s,
+        "weights in %.1f s, graphs in %.1f s, both in %.1f s; the cache holds %d tokens, at most %d for one sequence",
+        filled_s,
+        captured_s,
+        time.perf_counter() - start_s,
         decoder.cache.num_tokens,
         native.max_context,
     )
     eos = eos_token_ids(_generation_config(model), config)
-    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, step_reads(decoder))
+    reads = step_reads(decoder)
+    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, reads, native.cache_size)
     return NativeWorker(native, facts, group)
 
 
-def load_decoder(
+def _timed(work: Callable[[], None]) -> float:
+    """Do it, and say how many seconds it took."""
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def make_decoder(
     model: str,
     config: Any,
     shape: DecoderShape,
@@ -146,8 +165,8 @@ def load_decoder(
     device: torch.device,
     settings: EngineSettings,
     page_size: int = PAGE_SIZE,
-) -> Decoder:
-    """Weights, cache and rotary table of this rank.
+) -> tuple[Decoder, Callable[[], None]]:
+    """Cache, rotary table and weights of this rank, all zero, and what reads or draws the weights.
 
     Args:
         model: directory or hub id.
@@ -160,18 +179,21 @@ def load_decoder(
         page_size: tokens per page of the cache.
     """
     weights, parts = allocate(shape, slots, dtype, device)
-    if settings.weights == "random":
-        fill_with_random(parts)
-    else:
-        fill_from_checkpoint(model, parts)
     tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
     try:
-        cache = PagedCache(shape, -(-tokens // page_size), page_size, dtype, device)
+        kind = PagedCache if shape.latent is None else LatentCache
+        cache = kind(shape, -(-tokens // page_size), page_size, dtype, device)
     except RuntimeError as error:  # out of memory, or beyond what an address can be
         size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
         raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
     positions = min(shape.max_positions, cache.num_tokens)
-    return Decoder(shape, weights, cache, rotary_table(config, shape, positions, device))
+    counter = (
+        SlotCounter(sum(shape.moe_layers), max(map(len, slots.values())), device) if any(shape.moe_layers) else None
+    )
+    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), load=counter)
+    if settings.weights == "random":
+        return decoder, lambda: fill_with_random(parts)
+    return decoder, lambda: fill_from_checkpoint(model, parts)
 
 
 def step_reads(decoder: Decoder) -> StepReads:
@@ -181,11 +203,12 @@ def step_reads(decoder: Decoder) -> StepReads:
     held = sum(_bytes(layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias) for layer in experts)
     slots = sum(len(layer.gate_up) for layer in experts)
     others = sum(
-        _bytes(layer.qkv, layer.output, *(() if layer.mlp is None else (layer.mlp.gate_up, layer.mlp.down)))
+        _bytes(layer.qkv, layer.q_up, layer.kv_up, layer.output)
+        + (0 if layer.mlp is None else _bytes(layer.mlp.gate_up, layer.mlp.down))
         for layer in weights.layers
     )
     others += _bytes(weights.head, *(layer.router for layer in experts))
-    kv_bytes = 2 * shape.num_kv_heads * shape.head_size * decoder.cache.keys[0].element_size()
+    kv_bytes = shape.kv_values_per_layer * weights.embedding.element_size()
     return StepReads(held // max(1, slots), len(experts), others, kv_bytes, shape.windows)
 
 

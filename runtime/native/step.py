@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from kernels.decode_attention import decode_attention
 from kernels.sample import sample
 from runtime.native.forward import Decoder, run_layers
+from runtime.native.mla import LatentCache, attend_rows
 from runtime.native.rows import Rows
 from runtime.worker_interface import NO_TOKEN
 
@@ -33,6 +34,8 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
     lengths = rows.positions + 1
 
     def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+        if isinstance(cache, LatentCache):
+            return attend_rows(shape, decoder.weights.layers[layer], q, cache.latents[layer], rows.page_table, lengths)
         return decode_attention(
             q,
             cache.keys[layer],
@@ -44,7 +47,7 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
             decoder.weights.layers[layer].sinks,
         )
 
-    hidden = run_layers(decoder, rows.tokens, rows.positions, rows.slot_index(cache.page_size), attend)
+    hidden = run_layers(decoder, rows.tokens, rows.positions, rows.slot_index(cache.page_size), attend, decoding=True)
     logits = linear(hidden, decoder.weights.head)
     chosen = sample(logits, rows.temperature, rows.seeds, lengths, rows.top_p if nucleus else None)
     rows.tokens.copy_(chosen)
@@ -69,7 +72,8 @@ class GraphedStep:
         # because the matrix library keeps a workspace for every stream that it has run on.
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may be copying weights: their calls don't concern this capture.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:
