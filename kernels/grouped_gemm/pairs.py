@@ -1,7 +1,7 @@
 """Triton kernel of the experts' products for few pairs: every pair by itself, without the matrix units.
 
-Where hardly any two pairs share a slot, a tile of 16 rows is mostly empty. Here a program multiplies one pair's row with
-a few rows of weights, so that there are many small programs: more loads in flight, and nothing to wait for at the end.
+Where hardly any two pairs share a slot, a tile of 16 rows is mostly empty. Here a program multiplies one pair's row
+with a few rows of weights, so that there are many small programs: more loads in flight, and a short end.
 
 Shape legend: N output columns of a program, D the reduction, B what of it is taken at a time, P local slots.
 """
