@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FEW_PROGRAMS = 2 * 132  # two for each of Hopper's multiprocessors
+DEEPEST = 8192  # reduction of lines; tiles read longer ones as fast
 
 
 class Tiles(NamedTuple):
@@ -50,7 +51,10 @@ def row_tiles(num_pairs: int, num_slots: int, rows: int) -> int:
 
 
 def choose_lines(num_pairs: int, num_slots: int, rows: int, depth: int, gated: bool) -> Lines | None:
-    """Lines of one product, None where tiles are faster, as measured on an H100 (`kernels_moe_pairs.json`).
+    """Lines of one product, None where tiles are faster, as measured on an H100 (`benchmarks/kernels_moe_pairs.py`).
+
+    Two pairs of one slot read its weights twice, the second time out of L2; up to half as many pairs as slots that is
+    cheaper than tiles.
 
     Args:
         num_pairs: T·K.
@@ -59,7 +63,7 @@ def choose_lines(num_pairs: int, num_slots: int, rows: int, depth: int, gated: b
         depth: of the reduction.
         gated: whether half of the rows are the up projection's.
     """
-    if num_pairs > num_slots // 2:
+    if num_pairs > num_slots // 2 or depth > DEEPEST:
         return None
     if depth <= 2048 and not gated:
         return Lines(columns=8, depth=256, warps=4)
