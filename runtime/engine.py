@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -86,14 +85,13 @@ class Engine:
                 f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens}: expected at least one prompt "
                 f"token and at most {self.max_context} in all; shorten the prompt or ask for fewer"
             )
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=random.getrandbits(62))
         with self._changed:
             if self._failure is not None or self._stopping:
                 raise EngineError(self._failure or "the engine is shutting down")
             waiting = len(self._scheduler.waiting)
             if waiting >= self._settings.max_waiting:
                 raise QueueFull(f"{waiting} requests are waiting, as many as may; try again later", self._retry_after())
+            sampling = sampling.resolved(self._eos)
             request = Request(next(self._numbers), prompt, len(prompt), sampling, on_event, user)
             self._open[request.number] = request
             self._scheduler.add(request)
@@ -252,10 +250,12 @@ class Engine:
         self._generated += 1
         self._scheduler.note(request, token)
         first, sampling = request.num_generated == 1, request.sampling
-        if token in self._eos and not sampling.ignore_eos:
+        if token in sampling.stop_token_ids:
             event = TokenEvent(None, "stop")
         else:
-            event = TokenEvent(token, "length" if request.num_generated >= sampling.max_tokens else None)
+            event = TokenEvent(token, None, logprobs=self._worker.logprobs.get(request.number))
+            if request.num_generated >= sampling.max_tokens:
+                event = replace(event, finish_reason="length")
         if first:
             event = replace(event, queued_s=request.queued_s, cached_tokens=request.cached)
         if event.finish_reason is None:

@@ -17,9 +17,11 @@ from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
 from runtime.load import DispatchLoad, Load
+from runtime.logprobs import gather_logprobs
+from runtime.requests import TokenLogprobs
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, Piece, StepPlan
-from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
+from runtime.worker_interface import ModelFacts, Worker, eos_token_ids
 
 
 class RankWorker(Worker):
@@ -47,12 +49,19 @@ class RankWorker(Worker):
         self.last_token: dict[int, int] = {}
         self._prompts: dict[int, Admission] = {}  # of the sequences that don't yet
         self._begun: dict[int, SequenceBatch] = {}  # of those that this rank holds, whose prompts are fed in pieces
-        self._samplers: dict[int, Sampler] = {}
+        self._sampler = Sampler()
+        self._asked: dict[int, int] = {}  # how many log-probabilities each sequence wants with its tokens
+        self._logprobs: dict[int, TokenLogprobs] = {}
         self._batch: SequenceBatch | None = None
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""
         self.context.forced_routes = None if routes is None else _Replay(routes)
+
+    @property
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Of the last step's tokens; see `Worker.logprobs`."""
+        return self._logprobs
 
     def take_load(self) -> Load | None:
         """What rank 0 saw dispatched; see `Worker.take_load`."""
@@ -64,9 +73,10 @@ class RankWorker(Worker):
 
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
+        self._logprobs = {}
         self._retire(step.retire)
         decoding = dict(self.homes) if step.decode else {}
-        self._prompts.update((admission.sequence, admission) for admission in step.admit)
+        self._admit(step.admit)
         started: dict[int, int] = {}
         sampled: dict[int, int] = {}
         joining: list[SequenceBatch] = []
@@ -85,16 +95,25 @@ class RankWorker(Worker):
         self.homes |= started
         taking_part = started | decoding
         tokens = self._share(sampled, taking_part) if taking_part else {}
+        self._share_logprobs(taking_part)
         self.last_token.update(tokens)
         return tokens
 
     def _holds(self, home: int) -> bool:
         return self.everyone_holds_all or home == self.group.rank
 
+    def _admit(self, admissions: list[Admission]) -> None:
+        for admission in admissions:
+            self._prompts[admission.sequence] = admission
+            self._sampler.admit(admission)
+            if admission.sampling.logprobs is not None:
+                self._asked[admission.sequence] = admission.sampling.logprobs
+
     def _retire(self, sequences: list[int]) -> None:
-        held: list[dict[int, Any]] = [self.homes, self.last_token, self._samplers, self._prompts, self._begun]
+        held: list[dict[int, Any]] = [self.homes, self.last_token, self._asked, self._prompts, self._begun]
         for sequence, of_sequences in itertools.product(sequences, held):
             of_sequences.pop(sequence, None)
+        self._sampler.retire(sequences)
         if self._batch is not None and sequences:
             rows = [row for row, sequence in enumerate(self._batch.sequences) if sequence in self.homes]
             if not rows:
@@ -133,8 +152,6 @@ class RankWorker(Worker):
         if not whole:
             self._begun[first.sequence] = batch
             return {}
-        for each in admissions:
-            self._samplers[each.sequence] = Sampler(each.sampling)
         joining.append(batch)
         return self._sample(batch.sequences, logits)
 
@@ -163,12 +180,8 @@ class RankWorker(Worker):
     def _sample(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
         if self.everyone_holds_all and self.group.rank != 0:
             return {}
-        # One round trip to the device for the whole batch. NaN is the greatest value to max, too.
-        greedy = logits.argmax(dim=-1).masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
-        tokens = {}
-        for row, (sequence, token) in enumerate(zip(sequences, greedy, strict=True)):
-            sampler = self._samplers[sequence]
-            tokens[sequence] = token if sampler.temperature == 0 or token == NO_TOKEN else sampler(logits[row])
+        tokens, logprobs = self._sampler.choose(sequences, logits)
+        self._logprobs |= logprobs
         return tokens
 
     def _share(self, sampled: dict[int, int], homes: dict[int, int]) -> dict[int, int]:
@@ -184,6 +197,12 @@ class RankWorker(Worker):
             seq: row[place] for members, row in zip(by_rank, rows, strict=True) for place, seq in enumerate(members)
         }
         return {sequence: found[sequence] for sequence in homes}
+
+    def _share_logprobs(self, homes: dict[int, int]) -> None:
+        """Rank 0 learns the log-probabilities of this step's tokens."""
+        asked = {sequence: self._asked[sequence] for sequence in homes if sequence in self._asked}
+        if asked and not self.everyone_holds_all:
+            self._logprobs = gather_logprobs(self.group, self._logprobs, asked, homes)
 
 
 class _Replay:

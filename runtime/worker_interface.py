@@ -11,6 +11,7 @@ import torch
 
 from runtime.distributed import RankGroup
 from runtime.load import Load
+from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 
 Tokens = Callable[[], dict[int, int]]  # waits for the new tokens of a step
@@ -91,6 +92,11 @@ class Worker(ABC):
     model: Any
     everyone_holds_all: bool
     overlaps = False
+
+    @property
+    @abstractmethod
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """On rank 0, by sequence: of the tokens asked for last, as far as their requests want them."""
 
     @abstractmethod
     def execute(self, step: StepPlan) -> dict[int, int]:
