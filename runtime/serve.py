@@ -30,7 +30,7 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
     run = start_run(plan, model, settings)
     engine = run.start_engine(settings)
     name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
-    app = create_app(engine, tokenizer, name, int(time.time()))
+    app = create_app(engine, tokenizer, name, int(time.time()), server.compare_url)
     watch_ranks(run, engine)
     engine.start()
     try:

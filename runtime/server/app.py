@@ -12,12 +12,19 @@ from runtime.server.chat import chat_router
 from runtime.server.completions import completions_router
 from runtime.server.context import ServerContext
 from runtime.server.errors import ApiError, install_error_handlers
+from runtime.server.page import page_router
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def create_app(engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model_name: str, created: int) -> FastAPI:
+def create_app(
+    engine: EngineProtocol,
+    tokenizer: PreTrainedTokenizerBase,
+    model_name: str,
+    created: int,
+    compare_url: str | None = None,
+) -> FastAPI:
     """The OpenAI-compatible application for one model.
 
     Args:
@@ -25,6 +32,7 @@ def create_app(engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model
         tokenizer: the model's own; chat needs its chat template.
         model_name: the name that requests must give, if they give one.
         created: Unix time in s that ``/v1/models`` reports.
+        compare_url: of a second server, which the page at ``/`` asks beside this one.
 
     Source: the routes and shapes of OpenAI's API reference (completions, chat completions, models).
     """
@@ -36,6 +44,7 @@ def create_app(engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model
     app.include_router(completions_router(context))
     app.include_router(chat_router(context))
     app.include_router(_facts_router(context))
+    app.include_router(page_router(compare_url))
     app.add_middleware(BodyLimit)
     install_error_handlers(app)
     return app
