@@ -1,4 +1,4 @@
-"""A Chromium without a screen and without a network beyond this machine, for looking at the pages that the project writes."""
+"""A Chromium without a screen that reaches this machine at most, for looking at the pages that the project writes."""
 
 from __future__ import annotations
 

@@ -108,9 +108,8 @@ class ServerSettings(Settings):
         if self.served_model_name is not None and not isinstance(self.served_model_name, str):
             raise InputError(f"served_model_name={self.served_model_name}: expected text")
         if self.compare_url is not None and not _is_server_url(self.compare_url):
-            raise InputError(
-                f"compare_url={self.compare_url}: expected http://HOST:PORT of a second server, without /v1 or a / after it"
-            )
+            expected = "expected http://HOST:PORT of a second server, without /v1 or a / after it"
+            raise InputError(f"compare_url={self.compare_url}: {expected}")
 
 
 def _is_server_url(value: object) -> bool:

@@ -39,9 +39,8 @@ def second_server_router(url: str | None) -> APIRouter:
                 text = "this server knows no second one; start it with compare_url=http://HOST:PORT"
                 raise ApiError(404, text, code="no_second_server")
             headers = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
-            return Forwarded(
-                httpx.Request(request.method, f"{url}/{path}", headers=headers, content=await request.body())
-            )
+            body = await request.body()
+            return Forwarded(httpx.Request(request.method, f"{url}/{path}", headers=headers, content=body))
 
         return forward
 
@@ -71,17 +70,17 @@ class Forwarded(Response):
             task.result()
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Without the environment's proxies; certificates are read (slowly) only where there are some to check.
-        options = {"trust_env": False, "verify": self._request.url.scheme == "https"}
+        client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,  # no proxy: the operator named the server itself
+            verify=self._request.url.scheme == "https",  # reading certificates takes long, and http has none
+        )
         started = False
         try:
-            async with httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S), **options) as client:
+            async with client:
                 answer = await client.send(self._request, stream=True)
-                headers = [
-                    (name.encode(), answer.headers[name].encode())
-                    for name in RESPONSE_HEADERS
-                    if name in answer.headers
-                ]
+                kept = [name for name in RESPONSE_HEADERS if name in answer.headers]
+                headers = [(name.encode(), answer.headers[name].encode()) for name in kept]
                 await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
                 started = True
                 async for piece in answer.aiter_bytes():
