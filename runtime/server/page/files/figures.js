@@ -15,9 +15,9 @@ export function showPlacement(placement) {
   ].join(", ");
   const predicted = (placement.predicted || {}).step_us || {};
   const own = predicted.plan;
-  const others = Object.entries(predicted).filter(([name]) => name !== "plan");
-  show(byId("gain"), Boolean(own));
-  if (!own) return;
+  const others = Object.entries(predicted).filter(([name, us]) => name !== "plan" && Number.isFinite(us));
+  show(byId("gain"), Number.isFinite(own));
+  if (!Number.isFinite(own)) return; // informative in a plan file, which may say anything here
   const beside = others.map(([name, us]) => `${name} ${milliseconds(us / 1000)} (${times(us / own)})`);
   byId("gain").textContent =
     `Predicted for a step's MoE layers: ${["this plan " + milliseconds(own / 1000), ...beside].join(", ")}. ` +
