@@ -1,84 +1,18 @@
-"""The page in a real Chromium, over servers that do what each test tells them."""
+"""The page in a real Chromium: its chat, its errors, and what it refuses."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
-from selenium.webdriver import ActionChains, Chrome
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webelement import WebElement
 
-from benchmarks.headless_chromium import open_browser, prefer_dark, resize
-from tests.runtime.server.page.scripted_site import LOAD, PLACEMENT, ScriptedSite
-from tests.support.browser import channels, contrast, problems, require_browser, wait_for
+from tests.runtime.server.page.looking import answered, ask, find, load_page, map_shown, text, texts
+from tests.runtime.server.page.scripted_site import PLACEMENT, ScriptedSite
+from tests.support.browser import problems, wait_for
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script><b>bold</b> &amp; \u202etxet"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    require_browser()
-    with open_browser(offline=False) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def sites() -> Iterator[tuple[ScriptedSite, ScriptedSite]]:
-    """A server, and the second one behind it."""
-    second = ScriptedSite(strategy="contiguous")
-    first = ScriptedSite(second.url)
-    yield first, second
-    first.stop()
-    second.stop()
-
-
-@pytest.fixture
-def site(sites: tuple[ScriptedSite, ScriptedSite], browser: Chrome) -> ScriptedSite:
-    """The server as at the beginning, its page open on a wide screen in light colours."""
-    for server in sites:
-        server.reset()
-    problems(browser)
-    resize(browser, 1280, 900)
-    prefer_dark(browser, False)
-    load_page(browser, sites[0])
-    return sites[0]
-
-
-def load_page(browser: Chrome, site: ScriptedSite) -> None:
-    browser.get(site.url)
-    wait_for(
-        lambda: browser.execute_script("return document.querySelector('#panes') && document.readyState") == "complete"
-    )
-
-
-def find(browser: Chrome, selector: str) -> WebElement:
-    return browser.find_element("css selector", selector)
-
-
-def texts(browser: Chrome, selector: str) -> list[str]:
-    script = "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"
-    return browser.execute_script(script, selector)
-
-
-def text(browser: Chrome, selector: str) -> str:
-    [found] = texts(browser, selector)
-    return found
-
-
-def ask(browser: Chrome, prompt: str) -> None:
-    find(browser, "#prompt").send_keys(prompt, Keys.ENTER)
-
-
-def answered(browser: Chrome, number: int = 1) -> list[str]:
-    """The answers of a chat, once there are so many complete ones."""
-    wait_for(lambda: len(texts(browser, ".turn.assistant .measured")) == number, f"answer {number}")
-    return texts(browser, ".turn.assistant .text")
-
-
-def map_shown(browser: Chrome) -> None:
-    wait_for(lambda: texts(browser, "#grid .cell") and texts(browser, "#grid .cell")[0], "a map with a load")
 
 
 def test_text_is_typed_streamed_and_remembered(browser: Chrome, site: ScriptedSite) -> None:
