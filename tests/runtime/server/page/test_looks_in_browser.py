@@ -15,14 +15,15 @@ from tests.support.browser import channels, contrast, problems, wait_for
 
 # Elements with text of their own that are shown, with the colours around them.
 COLOURS = """
-const found = [];
+const found = [], clear = /, 0\\)$/;
 for (const element of document.querySelectorAll("body *")) {
   const own = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
   const style = getComputedStyle(element);
-  if (!own || !element.checkVisibility() || element.matches(":disabled, .unseen, .skip, script, noscript, option")) continue;
+  if (!own || !element.checkVisibility() || element.matches(":disabled, .unseen, .skip, noscript, option")) continue;
   let ground = element;
-  while (ground.parentElement && /, 0\\)$/.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-  found.push([element.tagName + "." + element.className + "#" + element.id, style.color, getComputedStyle(ground).backgroundColor]);
+  while (ground.parentElement && clear.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
+  const name = `${element.tagName}.${element.className}#${element.id}`;
+  found.push([name, style.color, getComputedStyle(ground).backgroundColor]);
 }
 return found;
 """
