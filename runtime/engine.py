@@ -10,13 +10,15 @@ import itertools
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
 from runtime.settings import EngineSettings
+from runtime.step_meter import StepMeter
 from runtime.step_plan import Admission, StepPlan
 from runtime.worker_interface import NO_TOKEN, Worker
 
@@ -45,12 +47,16 @@ class Engine:
         settings: limits of a batch.
         eos_token_ids: tokens that end a sequence.
         max_context: the most tokens of one sequence, prompt and generated.
+
+    Attributes:
+        meter: of its steps and of the load of the experts' slots.
     """
 
     def __init__(
         self, worker: Worker, settings: EngineSettings, eos_token_ids: Sequence[int], max_context: int
     ) -> None:
         self.max_context = max_context
+        self.meter = StepMeter(worker.take_load)
         self._worker, self._settings = worker, settings
         self._eos = frozenset(eos_token_ids)
         self._numbers = itertools.count()
@@ -82,6 +88,8 @@ class Engine:
         with self._changed:
             if self._failure is not None or self._stopping:
                 raise EngineError(self._failure or "the engine is shutting down")
+            if sampling.seed is None:
+                sampling = replace(sampling, seed=random.getrandbits(62))
             request = _Request(next(self._numbers), prompt, sampling, on_event)
             self._waiting.append(request)
             self._changed.notify()
@@ -136,7 +144,9 @@ class Engine:
                 self._worker.group.broadcast_json(step.to_json())
                 if step.stop:
                     break
-                self._hand_out(self._worker.execute(step))
+                self._hand_out(self._execute(step))
+                if not self._running and not self._waiting:
+                    self.meter.idle()
         except Exception as error:
             logger.debug("engine thread", exc_info=True)
             with self._changed:  # whoever watches the ranks can say which one died; let that be the reason
@@ -144,6 +154,13 @@ class Engine:
             self.fail(f"a decoding step failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         else:
             self._end_all("the server is shutting down")
+
+    def _execute(self, step: StepPlan) -> dict[int, int]:
+        start_s = time.monotonic()
+        tokens = self._worker.execute(step)
+        if tokens:
+            self.meter.stepped(time.monotonic() - start_s, len(tokens), decoding=not step.admit)
+        return tokens
 
     def _schedule(self) -> StepPlan:
         """Decide the next step; waits while there is nothing to do."""
@@ -184,18 +201,7 @@ class Engine:
             self._waiting.popleft()
             request.home = self._choose_home()
             self._running[request.number] = request
-            seed = request.sampling.seed if request.sampling.seed is not None else random.getrandbits(62)
-            admissions.append(
-                Admission(
-                    request.number,
-                    request.prompt,
-                    request.home,
-                    sampling.temperature,
-                    sampling.top_p,
-                    seed,
-                    sampling.max_tokens,
-                )
-            )
+            admissions.append(Admission(request.number, request.prompt, request.home, sampling, sampling.max_tokens))
         return admissions
 
     def _choose_home(self) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import torch
 
-from runtime.errors import InputError, ModelError
+from runtime.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_TIMEOUT_S = 86400
@@ -82,47 +81,3 @@ class EngineSettings(Settings):
         if self.dtype == "auto":
             return "auto" if device.type == "cuda" else torch.float32
         return DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class ServerSettings(Settings):
-    """Where a plan is served, and under what name.
-
-    Attributes:
-        host: name or address to listen on.
-        port: to listen on; 0 takes a free one.
-        served_model_name: what ``/v1/models`` calls the model; None takes the model's folder name or hub id.
-        compare_url: of a second server, which the page asks beside this one; None for none.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-    compare_url: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.host, str):
-            raise InputError(f"host={self.host}: expected a name or an address of this machine")
-        if type(self.port) is not int:
-            raise InputError(f"port={self.port}: expected an integer from 0 to 65535")
-        if self.served_model_name is not None and not isinstance(self.served_model_name, str):
-            raise InputError(f"served_model_name={self.served_model_name}: expected text")
-        if self.compare_url is not None and not _is_server_url(self.compare_url):
-            expected = "expected http://HOST:PORT of a second server, without /v1 or a / after it"
-            raise InputError(f"compare_url={self.compare_url}: {expected}")
-
-
-def _is_server_url(value: object) -> bool:
-    """Whether a value is the URL of a server: no user, path, query or fragment."""
-    try:
-        parts = urlsplit(value) if isinstance(value, str) else None
-        return (
-            parts is not None
-            and parts.scheme in ("http", "https")
-            and bool(parts.hostname)
-            and parts.port != 0
-            and value == f"{parts.scheme}://{parts.netloc}"
-            and "@" not in parts.netloc
-        )
-    except ValueError:  # a port that is no number
-        return False

@@ -16,6 +16,7 @@ from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
+from runtime.load import DispatchLoad, Load
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, StepPlan
 from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
@@ -40,7 +41,8 @@ class RankWorker(Worker):
         self.layers = report.layers
         # Only in ``alltoall`` can a rank be without sequences.
         self._empty_calls = [] if self.everyone_holds_all else _record_empty_calls(self.model, self.layers)
-        install_shards(report, plan, group, exchange, self.context)
+        self._load = DispatchLoad(plan, exchange, self.context, group.device) if group.rank == 0 else None
+        install_shards(report, plan, group, exchange, self.context, self._load)
         self.homes: dict[int, int] = {}  # every running sequence, in the order of admission
         self.last_token: dict[int, int] = {}
         self._samplers: dict[int, Sampler] = {}
@@ -53,6 +55,10 @@ class RankWorker(Worker):
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""
         self.context.forced_routes = None if routes is None else _Replay(routes)
+
+    def take_load(self) -> Load | None:
+        """What rank 0 saw dispatched; see `Worker.take_load`."""
+        return None if self._load is None else self._load.take()
 
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
@@ -68,6 +74,8 @@ class RankWorker(Worker):
             sampled = self._decode()
         else:
             return {}
+        if self._load is not None:
+            self._load.end_pass(decoding=not step.admit)
         tokens = self._share(sampled, taking_part)
         self.last_token.update(tokens)
         return tokens
@@ -101,7 +109,7 @@ class RankWorker(Worker):
         self.context.valid = batch.mask.bool().flatten() if padded else None
         logits = self.model.run(batch, tokens)
         for admission in admissions:
-            self._samplers[admission.sequence] = Sampler(admission.temperature, admission.top_p, admission.seed)
+            self._samplers[admission.sequence] = Sampler(admission.sampling)
         if self._batch is None:
             self._batch = batch
         else:
@@ -195,9 +203,14 @@ def local_slots(plan: PlacementPlan, rank: int) -> dict[int, tuple[int, ...]]:
 
 
 def install_shards(
-    report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str, context: StepContext
+    report: LoadReport,
+    plan: PlacementPlan,
+    group: RankGroup,
+    exchange: str,
+    context: StepContext,
+    load: DispatchLoad | None = None,
 ) -> None:
-    """Give every experts module of the model its sharded forward."""
+    """Give every experts module of the model its sharded forward, whose dispatch ``load`` watches."""
     mode = EXCHANGES[exchange](group)
     position = {layer: index for index, layer in enumerate(plan.layer_ids)}
     for layer in report.layers:
@@ -207,5 +220,7 @@ def install_shards(
             slot_of_expert[expert] = slot
         copies = torch.as_tensor(plan.copies(index)).long().to(group.device)
         rule = DispatchRule(copies, group.world_size, plan.dispatch.split_above_tokens)
+        if load is not None:
+            rule = load.watch(index, rule)
         shard = ExpertShard(index, slot_of_expert.to(group.device), rule, mode, context, group.rank)
         shard.install(layer.experts)

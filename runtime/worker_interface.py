@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from runtime.distributed import RankGroup
+from runtime.load import Load
 from runtime.step_plan import StepPlan
 
 NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
@@ -96,6 +97,10 @@ class Worker(ABC):
         Args:
             routes: logical ids, int32 ``[steps, MoE layers, sequences, K]``; None routes as usual again.
         """
+
+    def take_load(self) -> Load | None:
+        """Work of all slots since the last call; None on ranks that do not know it. Called between steps."""
+        return None
 
     def serve(self) -> None:
         """Follow rank 0's plans until it says stop (ranks other than 0)."""

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from kernels.sample import sample
 from runtime.errors import InputError
+from runtime.load import Load
 from runtime.native.cache import PageAllocator
 from runtime.native.forward import Decoder
 from runtime.native.prefill import Prompt, prefill
@@ -48,6 +49,7 @@ class NativeModel:
         self._filled: Rows | None = None  # rows that hold the running sequences as they stand
         self._graphs: dict[tuple[int, int, bool], GraphedStep] | None = {} if graphs else None
         self._replayed: ReplayedRoutes | None = None
+        self._steps = 0  # since the load was taken
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     @property
@@ -91,7 +93,7 @@ class NativeModel:
             prompts.append(Prompt(admission.tokens, self.pages.allocate(admission.sequence, total)))
         hidden = prefill(self.decoder, prompts, self.max_prefill_tokens)
         started = [
-            RunningSequence(prompt.pages, len(prompt.tokens), 0, a.temperature, a.top_p, a.seed)
+            RunningSequence(prompt.pages, len(prompt.tokens), 0, a.sampling)
             for prompt, a in zip(prompts, admissions, strict=True)
         ]
         tokens = self._sample_first(hidden, started)
@@ -115,7 +117,7 @@ class NativeModel:
         running = list(self._sequences.values())
         num_rows = bucket_of(len(running), self.max_sequences)
         num_pages = self._num_pages(max(sequence.position for sequence in running) + 1)
-        nucleus = any(sequence.top_p < 1 for sequence in running)
+        nucleus = any(sequence.sampling.top_p < 1 for sequence in running)
         step = self._step(num_rows, num_pages, nucleus)
         rows = self._rows[num_rows, num_pages]
         if rows is not self._filled:
@@ -124,11 +126,20 @@ class NativeModel:
         if self._replayed is not None:
             self._replayed.advance()
         self.logits = step()[: len(running)]
+        self._steps += 1
         tokens = rows.sampled[: len(running)].tolist()
         for sequence, token in zip(running, tokens, strict=True):
             sequence.token = token
             sequence.position += 1
         return dict(zip(self._sequences, tokens, strict=True))
+
+    def take_load(self) -> Load | None:
+        """Work of this rank's slots since the last call."""
+        if self.decoder.load is None:
+            return None
+        pairs, active = (totals[:, None] for totals in self.decoder.load.take())
+        steps, self._steps = self._steps, 0
+        return Load(pairs, active, steps)
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take the experts of the next decode steps from routes ``[S, L, T, K]``; None ends that."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from runtime.distributed import RankGroup
+from runtime.load import Load
 from runtime.native.model import NativeModel
 from runtime.step_plan import StepPlan
 from runtime.worker_interface import ModelFacts, Worker
@@ -33,6 +34,10 @@ class NativeWorker(Worker):
         if step.admit:
             return self.model.prefill(step.admit)
         return self.model.decode() if self.model.running else {}
+
+    def take_load(self) -> Load | None:
+        """What the device has counted; see `Worker.take_load`."""
+        return self.model.take_load()
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""

@@ -46,6 +46,9 @@ class FakeWorker:
             self.steps[sequence] = self.steps.get(sequence, -1) + 1
         return {sequence: self.tokens(sequence, self.steps[sequence]) for sequence in taking_part}
 
+    def take_load(self) -> None:
+        return None
+
     def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
         return True
 

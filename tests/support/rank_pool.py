@@ -49,6 +49,7 @@ class Result:
         routes: per layer index, the ids ``[T, K]`` of all forward passes in order.
         expert_parameter_bytes: of the experts modules after loading.
         expert_bytes_read: from the checkpoint.
+        load: of all slots, on the rank that knows it.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Result:
     routes: dict[int, list[np.ndarray]] = field(default_factory=dict)
     expert_parameter_bytes: int = 0
     expert_bytes_read: int = 0
+    load: Any = None
 
 
 class RankPool:
@@ -141,6 +143,7 @@ def _run_job(job: Job, group: Any) -> Result:
     worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
     _record_logits(worker, result)
     _drive(worker, job, group.world_size, result)
+    result.load = worker.take_load()
     return result
 
 
@@ -159,6 +162,7 @@ def _record_logits(worker: Any, result: Result) -> None:
 
 def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
     """Every rank derives the same plans from the job, as if rank 0 had sent them."""
+    from runtime.requests import SamplingParameters
     from runtime.step_plan import Admission, StepPlan
 
     retire: list[int] = []
@@ -170,9 +174,8 @@ def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
             due = []
         for number in due:
             del pending[number]
-        admit = [
-            Admission(n, job.prompts[n], 0 if worker.everyone_holds_all else n % world_size, 0.0, 1.0, 0) for n in due
-        ]
+        homes = {n: 0 if worker.everyone_holds_all else n % world_size for n in due}
+        admit = [Admission(n, job.prompts[n], homes[n], SamplingParameters(temperature=0, seed=0)) for n in due]
         new = worker.execute(StepPlan(retire, admit))
         retire = []
         for sequence, token in new.items():

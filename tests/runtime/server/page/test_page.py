@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from profiler.errors import InputError
-from runtime.settings import ServerSettings
+from runtime.server_settings import ServerSettings
 from tests.runtime.server.page.scripted_site import ScriptedSite
 
 
