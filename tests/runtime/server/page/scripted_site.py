@@ -134,8 +134,8 @@ class ScriptedSite:
         self.seen.append((request.url.path, await request.json()))
         self.headers = dict(request.headers)
         if self.full:
-            error = ApiError(429, "8 requests wait", code="queue_full")
-            return error_response(error, {"Retry-After": "7"})
+            error = ApiError(429, "8 requests wait", code="queue_full", headers={"Retry-After": "7"})
+            return error_response(error)
         return StreamingResponse(self._events(choice), media_type="text/event-stream")
 
     async def _events(self, choice: Any) -> AsyncIterator[str]:
