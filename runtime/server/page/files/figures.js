@@ -1,7 +1,8 @@
 // The figures above the map: what the server does now, and what was predicted for it.
 
-import { byId, fillFacts, show } from "./elements.js";
+import { byId, fillFacts } from "./elements.js";
 import { count, milliseconds, rate, times } from "./format.js";
+import { showPredictions } from "./predictions.js";
 
 export function showPlacement(placement) {
   const [numLayers, numGpus] = [placement.slots.length, placement.slots[0].length];
@@ -13,15 +14,7 @@ export function showPlacement(placement) {
     perExpert > 1 ? `${perExpert.toFixed(2)} copies of each on average` : "one copy of each",
     `strategy ${placement.strategy}`,
   ].join(", ");
-  const predicted = (placement.predicted || {}).step_us || {};
-  const own = predicted.plan;
-  const others = Object.entries(predicted).filter(([name, us]) => name !== "plan" && Number.isFinite(us));
-  show(byId("gain"), Number.isFinite(own));
-  if (!Number.isFinite(own)) return; // informative in a plan file, which may say anything here
-  const beside = others.map(([name, us]) => `${name} ${milliseconds(us / 1000)} (${times(us / own)})`);
-  byId("gain").textContent =
-    `Predicted for a step's MoE layers: ${["this plan " + milliseconds(own / 1000), ...beside].join(", ")}. ` +
-    "The measured step has attention and the rest in it too.";
+  showPredictions(placement.predicted);
 }
 
 export function showFigures(load) {

@@ -28,7 +28,7 @@ PLACEMENT: dict[str, Any] = {
     "gpus": 2,
     "slots": SLOTS,
     "dispatch": {"rule": "level", "split_above_tokens": None},
-    "predicted": {"step_us": {"plan": 400.0, "contiguous": 600.0}},
+    "predicted": {"step_us": {"plan": {"1": 400.0, "8": 900.0}, "contiguous": {"1": 600.0, "8": 1080.0}}},
     "copy_of": None,
 }
 LOAD: dict[str, Any] = {
@@ -60,7 +60,7 @@ class ScriptedSite:
     """
 
     def __init__(self, compare_url: str | None = None, strategy: str = "step_time") -> None:
-        self.placement = PLACEMENT | {"strategy": strategy}
+        self._strategy = strategy
         self.reset()
         self._socket = bind_socket("127.0.0.1", 0)
         self.url = socket_url(self._socket)
@@ -74,6 +74,7 @@ class ScriptedSite:
     def reset(self) -> None:
         """As at the beginning."""
         self.pieces: list[Piece] = ["Hello", ", ", "world."]
+        self.placement = PLACEMENT | {"strategy": self._strategy}
         self.load = LOAD
         self.key: str | None = None
         self.full = False

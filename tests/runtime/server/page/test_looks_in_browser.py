@@ -53,7 +53,6 @@ def test_phone_never_scrolls_sideways(browser: Chrome, site: ScriptedSite, mode:
         ask(browser, "x" * 300)
         wait_for(lambda: site.seen and find(browser, "#send").is_enabled())
         assert browser.execute_script("return document.documentElement.scrollWidth") == width
-    site.placement = PLACEMENT
     assert problems(browser) == []
 
 

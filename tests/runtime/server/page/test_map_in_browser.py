@@ -7,6 +7,7 @@ import re
 import threading
 from typing import Any
 
+import pytest
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.keys import Keys
 
@@ -52,7 +53,8 @@ def test_map_and_figures_show_the_placement_and_its_load(browser: Chrome, site: 
     }
     notes = texts(browser, "#figures .note")
     assert notes == ["95% within 2.5 ms", "measured is 3.13×", "128 steps so far", "1 waiting"]
-    assert "this plan 400 µs, contiguous 600 µs (1.50×)" in text(browser, "#gain")
+    assert texts(browser, "#predictions th") == ["Placement", "1 token", "8 tokens", "this plan", "contiguous"]
+    assert texts(browser, "#predictions td") == ["400 µs", "900 µs", "600 µs (1.50×)", "1.08 ms (1.20×)"]
     assert "3 MoE layers of 4 experts, top-2, on 2 GPUs" in text(browser, "#about")
 
 
@@ -149,6 +151,15 @@ def test_other_measures(browser: Chrome, site: ScriptedSite) -> None:
     assert "4× or more" in find(browser, "#legend").get_attribute("aria-label")
 
 
+@pytest.mark.parametrize("predicted", [{}, {"step_us": {"eplb": {"1": 2.0}}}, {"step_us": {"plan": ["x", None]}}])
+def test_plan_that_predicts_nothing(browser: Chrome, site: ScriptedSite, predicted: dict[str, Any]) -> None:
+    site.placement = PLACEMENT | {"predicted": predicted}
+    load_page(browser, site)
+    map_shown(browser)
+    assert not find(browser, "#predicted").is_displayed()
+    assert problems(browser) == []
+
+
 def test_server_that_is_started_anew_with_another_plan(browser: Chrome, site: ScriptedSite) -> None:
     map_shown(browser)
     slots = [[[0], [1], [2], [3]]]
@@ -157,7 +168,6 @@ def test_server_that_is_started_anew_with_another_plan(browser: Chrome, site: Sc
     site.load = LOAD | {"tokens": tokens, "active": [[1.0] * 4], "balancedness": [0.5]}
     wait_for(lambda: texts(browser, "#grid .cell") == ["2.00×", "1.00×", "0.50×", "0.50×"])
     assert texts(browser, "#grid tbody th") == ["7"]
-    site.placement = PLACEMENT
     assert problems(browser) == []
 
 

@@ -35,7 +35,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         ):
             plan = folder / f"{kind}.json"
             make_plan(str(MODEL), kind, 2).save(plan)
-            arguments = ("serve", "--plan", str(plan), "device=cpu", "cache_tokens=4096", *settings)
+            arguments = ("serve", "--plan", str(plan), "device=cpu", *settings)
             servers.append(ServeProcess(folder / f"{kind}.log", *arguments))
         yield [server.wait_ready() for server in servers]
     finally:
