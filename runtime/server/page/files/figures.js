@@ -22,7 +22,7 @@ export function showFigures(load) {
   const predicted = load.predicted_step_us === null ? null : load.predicted_step_us / 1000;
   const compared = predicted && measured ? `measured is ${times(measured / predicted)}` : predicted ? "nothing measured yet" : "not in the plan";
   fillFacts(byId("figures"), [
-    ["Step, measured", milliseconds(measured), measured ? `95% within ${milliseconds(load.step_ms.p95)}` : "no step yet"],
+    ["Step, measured", milliseconds(measured), measured ? `p95 ${milliseconds(load.step_ms.p95)}` : "no step yet"],
     ["Step, predicted", milliseconds(predicted), compared],
     ["Tokens/s", rate(load.tokens_per_s), `${count(load.steps, "step")} so far`],
     ["Requests", `${load.running} running`, `${load.waiting} waiting`],

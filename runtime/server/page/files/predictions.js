@@ -26,9 +26,10 @@ function sizesOf(byTokens) {
 function row(name, byTokens, own, sizes) {
   const cells = sizes.map((size) => {
     const us = byTokens.get(size);
-    if (us === undefined) return "–";
-    return byTokens === own ? milliseconds(us / 1000) : `${milliseconds(us / 1000)} (${times(us / own.get(size))})`;
+    if (us === undefined) return make("td", { textContent: "–" });
+    const beside = byTokens === own ? "" : ` (${times(us / own.get(size))})`;
+    return make("td", {}, milliseconds(us / 1000), make("span", { textContent: beside }));
   });
   const title = byTokens === own ? "this plan" : name;
-  return make("tr", {}, make("th", { scope: "row", textContent: title }), ...cells.map((textContent) => make("td", { textContent })));
+  return make("tr", {}, make("th", { scope: "row", textContent: title }), ...cells);
 }

@@ -52,7 +52,7 @@ def test_map_and_figures_show_the_placement_and_its_load(browser: Chrome, site: 
         "Requests": "3 running",
     }
     notes = texts(browser, "#figures .note")
-    assert notes == ["95% within 2.5 ms", "measured is 3.13×", "128 steps so far", "1 waiting"]
+    assert notes == ["p95 2.5 ms", "measured is 3.13×", "128 steps so far", "1 waiting"]
     assert texts(browser, "#predictions th") == ["Placement", "1 token", "8 tokens", "this plan", "contiguous"]
     assert texts(browser, "#predictions td") == ["400 µs", "900 µs", "600 µs (1.50×)", "1.08 ms (1.20×)"]
     assert "3 MoE layers of 4 experts, top-2, on 2 GPUs" in text(browser, "#about")
