@@ -1,4 +1,4 @@
-"""How the engine's steps go: their times, the tokens they give, and the load of the experts' slots."""
+"""What the engine's steps give: their times, tokens per second, and the load of the experts' slots."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from runtime.load import Load
+from runtime.requests import StepTime
 
-RECENT_STEPS = 64
 TAKE_INTERVAL_S = 1.0  # the load is read from the device about so often
 RECENT_LOADS = 2  # that make the window
 WINDOW_S = 3.0  # loads that are older than this are past
@@ -21,22 +21,14 @@ class MeterReading:
     """What a meter shows.
 
     Attributes:
-        steps: decode steps since the start.
-        step_s: of the last decode steps, ascending.
         tokens_per_s: given to requests within the window.
         recent: load of the window; None where nothing ran in it.
         total: load since the start; None before the first step.
     """
 
-    steps: int
-    step_s: list[float]
     tokens_per_s: float
     recent: Load | None
     total: Load | None
-
-    def step_quantile(self, share: float) -> float | None:
-        """Time in s that so large a share of the last decode steps took at most; None before the first."""
-        return self.step_s[min(int(share * len(self.step_s)), len(self.step_s) - 1)] if self.step_s else None
 
 
 @dataclass(frozen=True)
@@ -55,61 +47,59 @@ class StepMeter:
     Args:
         take_load: the worker's, called from the engine's thread between steps.
         clock: seconds.
+
+    Attributes:
+        on_decode_step: told the seconds of every step that decodes and feeds no prompts beside.
     """
 
     def __init__(self, take_load: Callable[[], Load | None], clock: Callable[[], float] = time.monotonic) -> None:
         self._take_load, self._clock = take_load, clock
         self._lock = threading.Lock()
-        self._step_s: deque[float] = deque(maxlen=RECENT_STEPS)
         self._taken: deque[_Taken] = deque(maxlen=RECENT_LOADS)
         self._total: Load | None = None
-        self._steps = 0
         self._tokens = 0
-        self._pending = False  # steps since the load was last taken
-        self._since_s = clock()
-        self.on_decode_step: Callable[[float], None] = lambda step_s: None
+        self._since_s: float | None = None  # when the first step began whose load is not yet taken
+        self.on_decode_step: Callable[[float], None] = lambda seconds: None
 
-    def stepped(self, step_s: float, num_tokens: int, decoding: bool) -> None:
-        """A step that gave so many tokens took so long."""
-        with self._lock:
-            if not self._pending:
-                self._since_s = self._clock() - step_s
-            self._pending = True
-            self._tokens += num_tokens
-            if decoding:
-                self._steps += 1
-                self._step_s.append(step_s)
-        if decoding:
-            self.on_decode_step(step_s)
-        if self._clock() - self._since_s >= TAKE_INTERVAL_S:
-            self._take()
+    def stepped(self, step: StepTime, num_tokens: int) -> None:
+        """A step ended that gave so many tokens; one that fed nothing does not count."""
+        if not step.batch and not step.prompt_tokens:
+            return
+        now = self._clock()
+        if self._since_s is None:
+            self._since_s = now - step.seconds
+        self._tokens += num_tokens
+        if not step.prompt_tokens:
+            self.on_decode_step(step.seconds)
+        if now - self._since_s >= TAKE_INTERVAL_S:
+            self._take(self._since_s)
+            self._since_s = now
 
     def idle(self) -> None:
         """Nothing is to be done: what is not yet counted is taken while nobody waits."""
-        if self._pending:
-            self._take()
+        if self._since_s is not None:
+            self._take(self._since_s)
+            self._since_s = None
 
-    def _take(self) -> None:
+    def _take(self, since_s: float) -> None:
         load, now = self._take_load(), self._clock()
-        with self._lock:
-            if load is not None:
-                self._taken.append(_Taken(now, max(now - self._since_s, 1e-9), self._tokens, load))
+        if load is not None:
+            with self._lock:
+                self._taken.append(_Taken(now, now - since_s, self._tokens, load))
                 self._total = load if self._total is None else self._total + load
-            self._tokens, self._pending, self._since_s = 0, False, now
+        self._tokens = 0
 
     def read(self) -> MeterReading:
         """What the meter shows now; from any thread."""
+        now = self._clock()
         with self._lock:
-            now = self._clock()
             recent = [taken for taken in self._taken if now - taken.at_s < WINDOW_S]
-            seconds = sum(taken.covers_s for taken in recent)
-            window = None
-            for taken in recent:
-                window = taken.load if window is None else window + taken.load
-            return MeterReading(
-                steps=self._steps,
-                step_s=sorted(self._step_s),
-                tokens_per_s=sum(taken.tokens for taken in recent) / max(seconds, TAKE_INTERVAL_S) if recent else 0.0,
-                recent=window,
-                total=self._total,
-            )
+            total = self._total
+        if not recent:
+            return MeterReading(0.0, None, total)
+        window = recent[0].load
+        for taken in recent[1:]:
+            window += taken.load
+        # What took less than a second counts as one, so that a single token does not look like thousands.
+        seconds = max(sum(taken.covers_s for taken in recent), TAKE_INTERVAL_S)
+        return MeterReading(sum(taken.tokens for taken in recent) / seconds, window, total)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import torch
 
 from placement.plan import PlacementPlan
 from profiler.seam import MoELayer
-from runtime.batch import CausalModel, SequenceBatch
+from runtime.batch import CausalModel, SequenceBatch, plan_passes
 from runtime.checkpoint import LoadReport
 from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
 from runtime.load import DispatchLoad, Load
+from runtime.logprobs import gather_logprobs
+from runtime.requests import TokenLogprobs
 from runtime.sampling import Sampler
-from runtime.step_plan import Admission, StepPlan
-from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
+from runtime.step_plan import Admission, Piece, StepPlan
+from runtime.worker_interface import ModelFacts, Worker, eos_token_ids
 
 
 class RankWorker(Worker):
@@ -43,51 +45,75 @@ class RankWorker(Worker):
         self._empty_calls = [] if self.everyone_holds_all else _record_empty_calls(self.model, self.layers)
         self._load = DispatchLoad(plan, exchange, self.context, group.device) if group.rank == 0 else None
         install_shards(report, plan, group, exchange, self.context, self._load)
-        self.homes: dict[int, int] = {}  # every running sequence, in the order of admission
+        self.homes: dict[int, int] = {}  # every sequence that decodes, in the order in which they came to
         self.last_token: dict[int, int] = {}
-        self._samplers: dict[int, Sampler] = {}
+        self._prompts: dict[int, Admission] = {}  # of the sequences that don't yet
+        self._begun: dict[int, SequenceBatch] = {}  # of those that this rank holds, whose prompts are fed in pieces
+        self._sampler = Sampler()
+        self._asked: dict[int, int] = {}  # how many log-probabilities each sequence wants with its tokens
+        self._logprobs: dict[int, TokenLogprobs] = {}
         self._batch: SequenceBatch | None = None
-
-    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
-        """Always: Transformers' cache grows with its sequences; see `Worker.has_room`."""
-        return True
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""
         self.context.forced_routes = None if routes is None else _Replay(routes)
 
+    @property
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Of the last step's tokens; see `Worker.logprobs`."""
+        return self._logprobs
+
     def take_load(self) -> Load | None:
         """What rank 0 saw dispatched; see `Worker.take_load`."""
         return None if self._load is None else self._load.take()
 
+    def _end_pass(self, decoding: bool) -> None:
+        if self._load is not None:
+            self._load.end_pass(decoding)
+
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
+        self._logprobs = {}
         self._retire(step.retire)
-        if step.admit:
-            taking_part = {admission.sequence: admission.home for admission in step.admit}
-            self._count_tokens({admission.sequence: len(admission.tokens) for admission in step.admit}, taking_part)
-            sampled = self._prefill([a for a in step.admit if self._holds(a.home)])
-            self.homes.update(taking_part)
-        elif self.homes:
-            taking_part = dict(self.homes)
-            self._count_tokens(dict.fromkeys(taking_part, 1), taking_part)
-            sampled = self._decode()
-        else:
-            return {}
-        if self._load is not None:
-            self._load.end_pass(decoding=not step.admit)
-        tokens = self._share(sampled, taking_part)
+        decoding = dict(self.homes) if step.decode else {}
+        self._admit(step.admit)
+        started: dict[int, int] = {}
+        sampled: dict[int, int] = {}
+        joining: list[SequenceBatch] = []
+        for pieces in self._passes(step.feed):
+            sampled |= self._feed(pieces, joining)
+            self._end_pass(decoding=False)
+            for piece in pieces:
+                if piece.stop == len(self._prompts[piece.sequence].tokens):
+                    started[piece.sequence] = self._prompts.pop(piece.sequence).home
+        if decoding:
+            self._count_tokens(dict.fromkeys(decoding, 1), decoding)
+            sampled |= self._decode()
+            self._end_pass(decoding=True)
+        for batch in joining:
+            self._join(batch)
+        self.homes |= started
+        taking_part = started | decoding
+        tokens = self._share(sampled, taking_part) if taking_part else {}
+        self._share_logprobs(taking_part)
         self.last_token.update(tokens)
         return tokens
 
     def _holds(self, home: int) -> bool:
         return self.everyone_holds_all or home == self.group.rank
 
+    def _admit(self, admissions: list[Admission]) -> None:
+        for admission in admissions:
+            self._prompts[admission.sequence] = admission
+            self._sampler.admit(admission)
+            if admission.sampling.logprobs is not None:
+                self._asked[admission.sequence] = admission.sampling.logprobs
+
     def _retire(self, sequences: list[int]) -> None:
-        for sequence in sequences:
-            self.homes.pop(sequence, None)
-            self.last_token.pop(sequence, None)
-            self._samplers.pop(sequence, None)
+        held: list[dict[int, Any]] = [self.homes, self.last_token, self._asked, self._prompts, self._begun]
+        for sequence, of_sequences in itertools.product(sequences, held):
+            of_sequences.pop(sequence, None)
+        self._sampler.retire(sequences)
         if self._batch is not None and sequences:
             rows = [row for row, sequence in enumerate(self._batch.sequences) if sequence in self.homes]
             if not rows:
@@ -100,21 +126,40 @@ class RankWorker(Worker):
         for sequence, length in lengths.items():
             self.context.tokens_per_rank[homes[sequence]] += length
 
-    def _prefill(self, admissions: list[Admission]) -> dict[int, int]:
-        if not admissions:
+    def _passes(self, pieces: list[Piece]) -> list[list[Piece]]:
+        """Which pieces are fed together; sequences that cannot join others later come together."""
+        return plan_passes(pieces, self._prompts) if self.model.can_merge or not pieces else [pieces]
+
+    def _feed(self, pieces: list[Piece], joining: list[SequenceBatch]) -> dict[int, int]:
+        """One pass over pieces: of whole prompts, or one that is not; batches whose prompts it ends are to join."""
+        homes = {piece.sequence: self._prompts[piece.sequence].home for piece in pieces}
+        self._count_tokens({piece.sequence: piece.stop - piece.start for piece in pieces}, homes)
+        mine = [piece for piece in pieces if self._holds(homes[piece.sequence])]
+        if not mine:
             return self._take_part_idle()
-        prompts = [admission.tokens for admission in admissions]
-        batch, tokens = self.model.start([admission.sequence for admission in admissions], prompts)
-        padded = len({len(prompt) for prompt in prompts}) > 1
+        admissions = [self._prompts[piece.sequence] for piece in mine]
+        first, admission = mine[0], admissions[0]
+        whole = first.stop == len(admission.tokens)
+        if first.start:
+            batch = self._begun.pop(first.sequence)
+            tokens = self.model.go_on(batch, admission.tokens[first.start : first.stop])
+        else:
+            prompts = [each.tokens[: piece.stop] for each, piece in zip(admissions, mine, strict=True)]
+            batch, tokens = self.model.start([piece.sequence for piece in mine], prompts)
+        padded = len({piece.stop - piece.start for piece in mine}) > 1
         self.context.valid = batch.mask.bool().flatten() if padded else None
         logits = self.model.run(batch, tokens)
-        for admission in admissions:
-            self._samplers[admission.sequence] = Sampler(admission.sampling)
+        if not whole:
+            self._begun[first.sequence] = batch
+            return {}
+        joining.append(batch)
+        return self._sample(batch.sequences, logits)
+
+    def _join(self, batch: SequenceBatch) -> None:
         if self._batch is None:
             self._batch = batch
         else:
             self._batch.absorb(batch)
-        return self._sample(batch.sequences, logits)
 
     def _decode(self) -> dict[int, int]:
         if self._batch is None:
@@ -135,12 +180,8 @@ class RankWorker(Worker):
     def _sample(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
         if self.everyone_holds_all and self.group.rank != 0:
             return {}
-        # One round trip to the device for the whole batch. NaN is the greatest value to max, too.
-        greedy = logits.argmax(dim=-1).masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
-        tokens = {}
-        for row, (sequence, token) in enumerate(zip(sequences, greedy, strict=True)):
-            sampler = self._samplers[sequence]
-            tokens[sequence] = token if sampler.temperature == 0 or token == NO_TOKEN else sampler(logits[row])
+        tokens, logprobs = self._sampler.choose(sequences, logits)
+        self._logprobs |= logprobs
         return tokens
 
     def _share(self, sampled: dict[int, int], homes: dict[int, int]) -> dict[int, int]:
@@ -156,6 +197,12 @@ class RankWorker(Worker):
             seq: row[place] for members, row in zip(by_rank, rows, strict=True) for place, seq in enumerate(members)
         }
         return {sequence: found[sequence] for sequence in homes}
+
+    def _share_logprobs(self, homes: dict[int, int]) -> None:
+        """Rank 0 learns the log-probabilities of this step's tokens."""
+        asked = {sequence: self._asked[sequence] for sequence in homes if sequence in self._asked}
+        if asked and not self.everyone_holds_all:
+            self._logprobs = gather_logprobs(self.group, self._logprobs, asked, homes)
 
 
 class _Replay:

@@ -69,7 +69,8 @@ class GraphedStep:
         # because the matrix library keeps a workspace for every stream that it has run on.
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may be copying weights: their calls don't concern this capture.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:

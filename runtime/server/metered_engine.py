@@ -34,6 +34,7 @@ class MeteredEngine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParameters,
         on_event: Callable[[TokenEvent], None],
+        user: str = "",
     ) -> int:
         """See `EngineProtocol.submit`."""
         watch = _Watch(self._metrics, self._clock)
@@ -44,7 +45,7 @@ class MeteredEngine:
                 self._forget(watch)
             on_event(event)
 
-        request_id = self._engine.submit(prompt_token_ids, sampling, relay)
+        request_id = self._engine.submit(prompt_token_ids, sampling, relay, user)
         self._metrics.prompt_tokens.inc(len(prompt_token_ids))
         self._metrics.prompt_length.observe(len(prompt_token_ids))
         watch.request_id = request_id

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from placement.plan import PlacementPlan
 from runtime.load import active_experts, balancedness, slots_as_lists
-from runtime.requests import EngineProtocol
+from runtime.requests import EngineProtocol, StepTime
 from runtime.step_meter import MeterReading, StepMeter
 
 
@@ -107,8 +107,8 @@ def placement_router(placement: Placement, engine: EngineProtocol, model_name: s
         status = engine.status()
         reading = placement.meter.read()
         return LoadAnswer(
-            steps=reading.steps,
-            step_ms=StepTimes(median=_ms(reading, 0.5), p95=_ms(reading, 0.95)),
+            steps=status.decode_steps,
+            step_ms=_step_times(status.step_times),
             predicted_step_us=placement.predicted_step_us(status.running),
             tokens_per_s=reading.tokens_per_s,
             running=status.running,
@@ -119,9 +119,12 @@ def placement_router(placement: Placement, engine: EngineProtocol, model_name: s
     return router
 
 
-def _ms(reading: MeterReading, share: float) -> float | None:
-    step_s = reading.step_quantile(share)
-    return None if step_s is None else 1000 * step_s
+def _step_times(steps: Sequence[StepTime]) -> StepTimes:
+    """Of those that fed no prompts beside, as a prompt's length would hide what the placement does."""
+    times = [1000 * step.seconds for step in steps if not step.prompt_tokens]
+    if not times:
+        return StepTimes(median=None, p95=None)
+    return StepTimes(median=float(np.median(times)), p95=float(np.quantile(times, 0.95)))
 
 
 def _by_slot(plan: PlacementPlan, reading: MeterReading) -> dict[str, Any]:

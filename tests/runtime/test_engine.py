@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 from profiler.errors import InputError
 from runtime.engine import Engine
-from runtime.requests import EngineError, SamplingParameters, TokenEvent
+from runtime.requests import EngineError, SamplingParameters, TokenEvent, TokenLogprobs
 from runtime.settings import EngineSettings
 from runtime.step_plan import StepPlan
 from runtime.worker_interface import NO_TOKEN, eos_token_ids
@@ -78,6 +79,27 @@ def test_end_of_sequence(make: Make) -> None:
     assert submit(engine, max_tokens=1).wait() == [TokenEvent(7, "length")]
 
 
+def test_stop_tokens_end_a_sequence_whether_or_not_the_end_is_ignored(make: Make) -> None:
+    worker = FakeWorker()
+    worker.tokens = lambda sequence, step: [EOS, 7, 9][step]
+    engine = make(worker)
+    engine.start()
+    ignoring = submit(engine, stop_token_ids=(9, 11), ignore_eos=True)
+    assert ignoring.wait() == [TokenEvent(EOS, None), TokenEvent(7, None), TokenEvent(None, "stop")]
+    assert submit(engine, stop_token_ids=(9, 11)).wait() == [TokenEvent(None, "stop")]
+
+
+def test_log_probabilities_come_with_their_tokens(make: Make) -> None:
+    worker = FakeWorker()
+    found = TokenLogprobs(-0.5, ((10, -0.5),))
+    worker.logprobs = {0: found}
+    engine = make(worker)
+    asking, other = submit(engine, max_tokens=2, logprobs=1), submit(engine, max_tokens=1)
+    engine.start()
+    assert asking.wait() == [TokenEvent(10, None, logprobs=found), TokenEvent(10, "length", logprobs=found)]
+    assert other.wait() == [TokenEvent(11, "length")]
+
+
 def test_at_most_max_sequences_run(make: Make) -> None:
     worker = FakeWorker()
     engine = make(worker, max_sequences=2)
@@ -105,15 +127,13 @@ def test_a_batch_that_cannot_be_merged_runs_to_its_end(make: Make) -> None:
     assert 1 in {number for plan in worker.plans[: last + 1] for number in plan.retire}
 
 
-def test_prefill_is_limited_by_padded_tokens(make: Make) -> None:
-    worker = FakeWorker()
+def test_whole_batches_are_limited_by_padded_tokens(make: Make) -> None:
+    worker = FakeWorker(can_merge=False)
     engine = make(worker, max_prefill_tokens=12)
-    for length in (2, 3, 5, 1, 30, 1):
-        submit(engine, [5] * length, max_tokens=50)
-    worker.free_running = False
+    listeners = [submit(engine, [5] * length, max_tokens=1) for length in (2, 3, 5, 1, 30, 1)]
     engine.start()
-    worker.gate.release(6)
-    wait_until(lambda: engine.status().waiting == 0)
+    for listener in listeners:
+        listener.wait()
     # 3·2 fits, 5·3 doesn't; 5·2 fits, 30·3 doesn't; one that alone is too long goes alone.
     assert worker.admitted == [[0, 1], [2, 3], [4], [5]]
 
@@ -164,7 +184,7 @@ def test_seeds(make: Make) -> None:
     engine.start()
     wait_until(lambda: bool(worker.admitted))
     given, one, other = worker.plans[0].admit
-    assert given.sampling == SamplingParameters(temperature=0.5, top_p=0.9, seed=7, max_tokens=16)
+    assert given.sampling == SamplingParameters(temperature=0.5, top_p=0.9, seed=7, stop_token_ids=(EOS,))
     assert one.sampling.seed != other.sampling.seed
 
 
@@ -240,7 +260,7 @@ def test_a_dead_rank_is_the_reason_not_what_it_breaks(make: Make) -> None:
 
 
 def test_shutdown_tells_open_requests_and_the_ranks(make: Make) -> None:
-    worker = FakeWorker()
+    worker = FakeWorker(world_size=2)
     worker.free_running = False
     engine = make(worker, max_sequences=1)
     running, waiting = submit(engine), submit(engine)
@@ -256,8 +276,8 @@ def test_shutdown_tells_open_requests_and_the_ranks(make: Make) -> None:
     for listener in (running, waiting):
         assert listener.wait()[-1] == TokenEvent(None, "error", "the server is shutting down")
         assert sum(event.finish_reason is not None for event in listener.events) == 1
-    assert worker.plans[-1].stop
-    assert not any(plan.stop for plan in worker.plans[:-1])
+    assert worker.sent[-1].stop
+    assert not any(plan.stop for plan in worker.sent[:-1])
     engine.fail("a rank that ends now is no failure")
     assert engine.status().failure is None
 
@@ -267,7 +287,7 @@ def test_an_idle_engine_sends_plans_before_the_ranks_time_out(make: Make) -> Non
     engine = make(worker, rank_timeout_s=1)
     engine.start()
     wait_until(lambda: len(worker.plans) >= 3)
-    gaps = [later - earlier for earlier, later in zip(worker.sent_at, worker.sent_at[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(worker.executed_at)]
     assert 0.1 < max(gaps) < 1, "neither too late nor all the time"
     assert all(plan == StepPlan() for plan in worker.plans)
 

@@ -10,7 +10,8 @@ import torch
 
 from placement.plan import PlacementPlan
 from runtime.load import Load, active_experts, balancedness, slots_as_lists
-from runtime.step_meter import RECENT_STEPS, TAKE_INTERVAL_S, WINDOW_S, StepMeter
+from runtime.requests import StepTime
+from runtime.step_meter import TAKE_INTERVAL_S, WINDOW_S, MeterReading, StepMeter
 from tests.support.native import drive, native_model
 from tests.support.plans import make_plan
 from tests.support.rank_pool import Job, RankPool, Result
@@ -113,15 +114,13 @@ def test_meter_reads_the_load_once_in_a_while() -> None:
         return make_load([[[3, 1]]], steps=1)
 
     meter = StepMeter(take, clock)
-    assert meter.read().recent is None
-    assert meter.read().step_quantile(0.5) is None
+    assert meter.read() == MeterReading(0.0, None, None)
     for _ in range(35):
         clock.now += 0.1
-        meter.stepped(0.1, num_tokens=8, decoding=True)
+        meter.stepped(StepTime(0.1, batch=8), num_tokens=8)
     assert len(taken) == 3
     assert np.diff(taken).min() >= TAKE_INTERVAL_S - 1e-6
     reading = meter.read()
-    assert reading.steps == 35
     assert reading.tokens_per_s == pytest.approx(80)
     assert reading.recent is not None
     assert reading.recent.pairs.tolist() == [[[6, 2]]]
@@ -136,16 +135,13 @@ def test_meter_reads_the_load_once_in_a_while() -> None:
     assert meter.read().total is not None
 
 
-def test_meter_measures_decode_steps_only() -> None:
+def test_meter_measures_pure_decode_steps_only() -> None:
     meter = StepMeter(lambda: None)
     heard: list[float] = []
     meter.on_decode_step = heard.append
-    for number in range(RECENT_STEPS + 10):
-        meter.stepped(float(number), 1, decoding=True)
-        meter.stepped(1000.0, 1, decoding=False)
-    reading = meter.read()
-    assert reading.step_s == [float(number) for number in range(10, RECENT_STEPS + 10)]
-    assert reading.step_quantile(0.5) == 42
-    assert reading.step_quantile(1.0) == RECENT_STEPS + 9
-    assert heard == [float(number) for number in range(RECENT_STEPS + 10)]
-    assert reading.recent is None
+    meter.stepped(StepTime(1.0, batch=2), 2)
+    meter.stepped(StepTime(2.0, batch=2, prompt_tokens=5), 3)
+    meter.stepped(StepTime(3.0, batch=0, prompt_tokens=5), 1)
+    meter.stepped(StepTime(4.0, batch=0), 0)  # only tells the ranks who has ended
+    assert heard == [1.0]
+    assert meter.read().recent is None

@@ -10,6 +10,7 @@ import torch
 
 from placement.plan import Dispatch, PlacementPlan
 from runtime.load import Load
+from runtime.requests import StepTime
 from runtime.server import Placement
 from runtime.step_meter import StepMeter
 from tests.runtime.server.scripted_engine import ScriptedEngine
@@ -60,11 +61,14 @@ def test_plan_and_load(serve: Callable[..., Any], tokenizer: Any) -> None:
         "balancedness": [1.0, 1.0],
     }
     for step_s in (0.004, 0.002, 0.003):
-        meter.stepped(step_s, num_tokens=3, decoding=True)
+        meter.stepped(StepTime(step_s, batch=3), num_tokens=3)
     meter.idle()
+    times = tuple(StepTime(step_s, 3, fed) for step_s, fed in ((0.004, 0), (0.002, 0), (0.5, 70), (0.003, 0)))
+    server.engine.state = {"running": 8, "waiting": 5, "decode_steps": 4, "step_times": times}
     busy = server.http.get("/v1/placement/load").json()
-    assert busy["steps"] == 3
-    assert busy["step_ms"] == {"median": 3.0, "p95": 4.0}
+    assert [busy[name] for name in ("steps", "running", "waiting")] == [4, 8, 5]
+    assert busy["step_ms"] == {"median": 3.0, "p95": pytest.approx(3.9)}
+    assert busy["predicted_step_us"] == 170.0
     assert busy["tokens_per_s"] == 9.0  # a window shorter than a second counts as one
     assert busy["tokens"] == [[[4, 2, 0], [1, 1]], [[3, 1], [2, 2]]]
     assert busy["active"] == [[1.5, 1.0], [1.5, 1.5]]
