@@ -38,7 +38,7 @@ class ServeProcess:
         """The URL, once it serves."""
         deadline = time.monotonic() + START_UP_S
         while time.monotonic() < deadline:
-            found = re.search(r"serving .* on (http://\S+)", self.log)
+            found = re.search(r"serving .* on (http://[^\s\"]+)", self.log)
             if found:
                 return found[1]
             assert self.process.poll() is None, self.log
