@@ -44,6 +44,7 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
         Placement(plan, engine.meter, settings.exchange),
         api_key=server.api_key,
         cors_origins=server.cors_origins,
+        compare_url=server.compare_url,
     )
     watch_ranks(run, engine)
     engine.start()
