@@ -29,6 +29,7 @@ from placement.plan import Dispatch, PlacementPlan, Workload
 from runtime.bench import DecodeBenchmark, describe_machine, describe_run, time_batch
 from runtime.context import Routes
 from runtime.distributed import RankAddress
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.start import Run, join_group, load_worker
 from runtime.step_plan import Admission, StepPlan
@@ -166,7 +167,8 @@ def admissions(run: Run, numbers: Iterable[int], homes: int) -> list[Admission]:
     """The fixed prompts with these numbers, greedy, dealt to so many ranks."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(run.worker.facts.vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
-    return [Admission(number, prompts[number], number % homes, 0.0, 1.0, 0) for number in numbers]
+    greedy = SamplingParameters(temperature=0, seed=0)
+    return [Admission(number, prompts[number], number % homes, greedy) for number in numbers]
 
 
 def measure(run: Run, reference: dict[str, torch.Tensor], benchmark: DecodeBenchmark) -> list[dict[str, Any]]:

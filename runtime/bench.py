@@ -18,6 +18,7 @@ from profiler.errors import InputError
 from profiler.trace_header import require_output
 from runtime.distributed import RankGroup
 from runtime.replay import RouteSource, active_experts, route_source
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, start_run
 from runtime.step_plan import Admission, StepPlan
@@ -129,8 +130,9 @@ def start_sequences(run: Run, benchmark: DecodeBenchmark, batch: int) -> None:
     prompts = torch.randint(worker.facts.vocabulary, (batch, length), generator=generator).tolist()
     new_tokens = benchmark.warmup_steps + benchmark.steps + 1
     homes = num_homes(run)
+    greedy = SamplingParameters(temperature=0, seed=0, max_tokens=new_tokens)
     admissions = [
-        Admission(number, prompt, number % homes, 0.0, 1.0, 0, new_tokens) for number, prompt in enumerate(prompts)
+        Admission(number, prompt, number % homes, greedy, new_tokens) for number, prompt in enumerate(prompts)
     ]
     together = max(1, 8192 // length) if worker.model.can_merge else batch
     for start in range(0, batch, together):

@@ -12,7 +12,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
@@ -82,6 +82,8 @@ class Engine:
         with self._changed:
             if self._failure is not None or self._stopping:
                 raise EngineError(self._failure or "the engine is shutting down")
+            if sampling.seed is None:
+                sampling = replace(sampling, seed=random.getrandbits(62))
             request = _Request(next(self._numbers), prompt, sampling, on_event)
             self._waiting.append(request)
             self._changed.notify()
@@ -184,18 +186,7 @@ class Engine:
             self._waiting.popleft()
             request.home = self._choose_home()
             self._running[request.number] = request
-            seed = request.sampling.seed if request.sampling.seed is not None else random.getrandbits(62)
-            admissions.append(
-                Admission(
-                    request.number,
-                    request.prompt,
-                    request.home,
-                    sampling.temperature,
-                    sampling.top_p,
-                    seed,
-                    sampling.max_tokens,
-                )
-            )
+            admissions.append(Admission(request.number, request.prompt, request.home, sampling, sampling.max_tokens))
         return admissions
 
     def _choose_home(self) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from runtime.requests import SamplingParameters
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -15,19 +17,17 @@ class Admission:
         sequence: its number, unique over the run.
         tokens: the prompt's token ids.
         home: the rank that samples it (and, in ``alltoall``, that alone holds its cache).
-        temperature: of its sampler.
-        top_p: of its sampler.
-        seed: of its sampler.
+        sampling: of its tokens; the seed is a number.
         new_tokens: the most that will be generated, for which the native path keeps room.
+        generated: how many of ``tokens``, at their end, the sequence generated before it was preempted.
     """
 
     sequence: int
     tokens: list[int]
     home: int
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: SamplingParameters
     new_tokens: int = 1
+    generated: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,8 @@ class StepPlan:
     @staticmethod
     def from_json(message: Mapping[str, Any]) -> StepPlan:
         """Back from `to_json`."""
-        admissions = [Admission(**admission) for admission in message["admit"]]
+        admissions = [
+            Admission(**admission | {"sampling": SamplingParameters(**admission["sampling"])})
+            for admission in message["admit"]
+        ]
         return StepPlan(list(message["retire"]), admissions, bool(message["stop"]))

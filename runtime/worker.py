@@ -101,7 +101,7 @@ class RankWorker(Worker):
         self.context.valid = batch.mask.bool().flatten() if padded else None
         logits = self.model.run(batch, tokens)
         for admission in admissions:
-            self._samplers[admission.sequence] = Sampler(admission.temperature, admission.top_p, admission.seed)
+            self._samplers[admission.sequence] = Sampler(admission.sampling)
         if self._batch is None:
             self._batch = batch
         else:

@@ -91,7 +91,7 @@ class NativeModel:
             prompts.append(Prompt(admission.tokens, self.pages.allocate(admission.sequence, total)))
         hidden = prefill(self.decoder, prompts, self.max_prefill_tokens)
         started = [
-            RunningSequence(prompt.pages, len(prompt.tokens), 0, a.temperature, a.top_p, a.seed)
+            RunningSequence(prompt.pages, len(prompt.tokens), 0, a.sampling)
             for prompt, a in zip(prompts, admissions, strict=True)
         ]
         tokens = self._sample_first(hidden, started)
@@ -115,7 +115,7 @@ class NativeModel:
         running = list(self._sequences.values())
         num_rows = bucket_of(len(running), self.max_sequences)
         num_pages = self._num_pages(max(sequence.position for sequence in running) + 1)
-        nucleus = any(sequence.top_p < 1 for sequence in running)
+        nucleus = any(sequence.sampling.top_p < 1 for sequence in running)
         step = self._step(num_rows, num_pages, nucleus)
         rows = self._rows[num_rows, num_pages]
         if rows is not self._filled:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from runtime.requests import SamplingParameters
+
 
 @dataclass
 class RunningSequence:
@@ -21,17 +23,13 @@ class RunningSequence:
         pages: that it holds, in order.
         position: of ``token``, which is fed next.
         token: its newest.
-        temperature: of its sampler.
-        top_p: of its sampler.
-        seed: of its sampler.
+        sampling: of its tokens; the seed is a number.
     """
 
     pages: list[int]
     position: int
     token: int
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: SamplingParameters
 
 
 @dataclass
@@ -94,9 +92,10 @@ class Rows:
         self.tokens.copy_(torch.tensor([sequence.token for sequence in rows]))
         self.positions.copy_(torch.tensor([sequence.position for sequence in rows], dtype=torch.int32))
         self.stored.copy_(torch.tensor([1] * len(sequences) + [0] * padding))
-        self.temperature.copy_(torch.tensor([sequence.temperature for sequence in rows], dtype=torch.float32))
-        self.top_p.copy_(torch.tensor([sequence.top_p for sequence in rows], dtype=torch.float32))
-        self.seeds.copy_(torch.tensor([sequence.seed for sequence in rows]))
+        sampling = [sequence.sampling for sequence in rows]
+        self.temperature.copy_(torch.tensor([each.temperature for each in sampling], dtype=torch.float32))
+        self.top_p.copy_(torch.tensor([each.top_p for each in sampling], dtype=torch.float32))
+        self.seeds.copy_(torch.tensor([each.seed for each in sampling]))
 
     def slot_index(self, page_size: int) -> torch.Tensor:
         """Where this step's keys and values are cached, int64 ``[B]``; -1 for padding."""

@@ -164,8 +164,8 @@ def test_seeds(make: Make) -> None:
     engine.start()
     wait_until(lambda: bool(worker.admitted))
     given, one, other = worker.plans[0].admit
-    assert (given.seed, given.temperature, given.top_p) == (7, 0.5, 0.9)
-    assert one.seed != other.seed
+    assert given.sampling == SamplingParameters(temperature=0.5, top_p=0.9, seed=7, max_tokens=16)
+    assert one.sampling.seed != other.sampling.seed
 
 
 def test_sequences_go_to_the_rank_that_has_the_fewest(make: Make) -> None:

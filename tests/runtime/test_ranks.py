@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from runtime.distributed import MESSAGE_BYTES, TEXT_BYTES, RankAddress, RankGroup, choose_device
 from runtime.errors import ModelError
 from runtime.launcher import LocalRanks
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.start import start_run
 from runtime.step_plan import Admission, StepPlan
@@ -31,9 +32,12 @@ HEADER = 8
             sequence=st.integers(0),
             tokens=st.lists(st.integers(0, 2**31), min_size=1, max_size=9),
             home=st.integers(0, 7),
-            temperature=st.floats(0, 2),
-            top_p=st.floats(0, 1, exclude_min=True),
-            seed=st.integers(-(2**63), 2**63 - 1),
+            sampling=st.builds(
+                SamplingParameters,
+                temperature=st.floats(0, 2),
+                top_p=st.floats(0, 1, exclude_min=True),
+                seed=st.integers(-(2**63), 2**63 - 1),
+            ),
         ),
         max_size=3,
     ),

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from runtime.native.families import read_shape
 from runtime.native.loading import load_decoder
 from runtime.native.model import NativeModel
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.step_plan import Admission
 
@@ -37,7 +38,7 @@ def native_model(
 
 def admission(number: int, prompt: Sequence[int], new_tokens: int) -> Admission:
     """A greedy request."""
-    return Admission(number, list(prompt), 0, 0.0, 1.0, 0, new_tokens)
+    return Admission(number, list(prompt), 0, SamplingParameters(temperature=0, seed=0), new_tokens)
 
 
 class Recording:
