@@ -55,11 +55,12 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _serve(flags: argparse.Namespace) -> int:
     from conf import compose
     from runtime.serve import serve
-    from runtime.settings import EngineSettings, ServerSettings
+    from runtime.settings import EngineSettings, RecordSettings, ServerSettings
 
     _prepare(flags)
     config = compose("serve", flags.overrides)
-    return serve(flags.plan, EngineSettings.from_config(config), ServerSettings.from_config(config))
+    record = RecordSettings.from_config(config)
+    return serve(flags.plan, EngineSettings.from_config(config), ServerSettings.from_config(config), record)
 
 
 def _generate(flags: argparse.Namespace) -> int:

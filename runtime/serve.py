@@ -11,14 +11,16 @@ from pathlib import Path
 from placement.plan import PlacementPlan
 from runtime.engine import Engine
 from runtime.errors import first_line
-from runtime.settings import EngineSettings, ServerSettings
+from runtime.recording import check_output, start_recording
+from runtime.settings import EngineSettings, RecordSettings, ServerSettings
 from runtime.start import Run, load_plan, load_tokenizer, start_run
 
 logger = logging.getLogger(__name__)
 
 
-def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> int:
+def serve(plan_path: str, settings: EngineSettings, server: ServerSettings, record: RecordSettings) -> int:
     """Serve until a signal; returns the exit code (1 where a rank died)."""
+    check_output(record)
     plan, model = load_plan(plan_path, settings)
     if int(os.environ.get("RANK", "0")) != 0:
         return follow(plan, model, settings)
@@ -28,6 +30,8 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
     listening = bind_socket(server.host, server.port)
     tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
+    if record.record is not None:
+        run.worker.recording = start_recording(record, plan, model, run.worker.facts)
     engine = run.start_engine(settings)
     name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
     app = create_app(engine, tokenizer, name, int(time.time()))
@@ -39,6 +43,7 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
             abort(run, failure)
     finally:
         engine.shutdown()
+        end_recording(run)
         run.close()
     return 0
 
@@ -56,6 +61,12 @@ def follow(plan: PlacementPlan, model: str, settings: EngineSettings) -> int:
     return 0
 
 
+def end_recording(run: Run) -> None:
+    """Finish the trace under way."""
+    if run.worker.recording is not None:
+        run.worker.recording.close()
+
+
 def watch_ranks(run: Run, engine: Engine) -> None:
     """From now on a rank that dies takes the engine down instead of the process, so that clients are told."""
     if run.ranks is not None:
@@ -68,4 +79,5 @@ def abort(run: Run, failure: str) -> None:
     sys.stderr.flush()
     if run.ranks is not None:
         run.ranks.kill()
+    end_recording(run)
     os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
+from runtime.recording import Fed
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, StepPlan
 from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
@@ -35,7 +37,7 @@ class RankWorker(Worker):
     def __init__(self, model: Any, report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str) -> None:
         self.group, self.context = group, StepContext()
         self.model = CausalModel(model)
-        self.facts = model_facts(model)
+        self.facts = replace(model_facts(model), expert_bytes=_expert_bytes(report, plan, group.rank))
         self.everyone_holds_all = exchange == "allreduce"
         self.layers = report.layers
         # Only in ``alltoall`` can a rank be without sequences.
@@ -60,14 +62,17 @@ class RankWorker(Worker):
         if step.admit:
             taking_part = {admission.sequence: admission.home for admission in step.admit}
             self._count_tokens({admission.sequence: len(admission.tokens) for admission in step.admit}, taking_part)
+            fed = self._fed_tokens(step.admit, taking_part)
             sampled = self._prefill([a for a in step.admit if self._holds(a.home)])
             self.homes.update(taking_part)
         elif self.homes:
             taking_part = dict(self.homes)
             self._count_tokens(dict.fromkeys(taking_part, 1), taking_part)
+            fed = self._fed_tokens([], taking_part)
             sampled = self._decode()
         else:
             return {}
+        self._record(fed)
         tokens = self._share(sampled, taking_part)
         self.last_token.update(tokens)
         return tokens
@@ -80,12 +85,31 @@ class RankWorker(Worker):
             self.homes.pop(sequence, None)
             self.last_token.pop(sequence, None)
             self._samplers.pop(sequence, None)
+        if self.recording is not None:
+            self.recording.end(sequences)
         if self._batch is not None and sequences:
             rows = [row for row, sequence in enumerate(self._batch.sequences) if sequence in self.homes]
             if not rows:
                 self._batch = None
             elif len(rows) < len(self._batch.sequences):
                 self._batch.keep(rows)
+
+    def _fed_tokens(self, admissions: list[Admission], homes: dict[int, int]) -> list[Fed]:
+        """The coming pass's tokens of all ranks in the order of the ranks, where they are recorded."""
+        self.context.kept_routes = None
+        if self.recording is None:
+            return []
+        fed = [Fed(admission.sequence, admission.tokens, decode=False, start=0) for admission in admissions]
+        fed = fed or [Fed(sequence, [self.last_token[sequence]], decode=True) for sequence in homes]
+        if self.recording.wants(fed):
+            self.context.kept_routes = []
+        return sorted(fed, key=lambda tokens: homes[tokens.sequence])
+
+    def _record(self, fed: list[Fed]) -> None:
+        """Keep the routes of the pass that was run."""
+        if self.recording is not None and self.context.kept_routes:
+            experts, weights = zip(*self.context.kept_routes, strict=True)
+            self.recording.note(fed, experts, weights)
 
     def _count_tokens(self, lengths: dict[int, int], homes: dict[int, int]) -> None:
         self.context.tokens_per_rank = [0] * self.group.world_size
@@ -179,6 +203,15 @@ def _record_empty_calls(model: CausalModel, layers: list[MoELayer]) -> list[tupl
         layer.experts.forward = functools.partial(record, layer.layer_id)
     model.prefill([0], [[0]])
     return [calls[layer.layer_id] for layer in layers]
+
+
+def _expert_bytes(report: LoadReport, plan: PlacementPlan, rank: int) -> int | None:
+    """Bytes of one expert in one layer, from a layer that this rank holds any of."""
+    for layer in report.layers:
+        slots = len(plan.slots[plan.layer_ids.index(layer.layer_id)][rank])
+        if slots:
+            return sum(parameter.nbytes for parameter in layer.experts.parameters()) // slots
+    return None
 
 
 def model_facts(model: Any) -> ModelFacts:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from runtime.distributed import RankGroup
 from runtime.step_plan import StepPlan
+
+if TYPE_CHECKING:
+    from runtime.recording import RouteRecording
 
 NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
 
@@ -51,6 +54,7 @@ class ModelFacts:
         max_context: the most tokens of one sequence, prompt and generated.
         eos_token_ids: tokens that end a sequence.
         reads: of a decode step, where the path knows.
+        expert_bytes: of one expert in one layer, where this rank has any.
     """
 
     path: str
@@ -59,6 +63,7 @@ class ModelFacts:
     max_context: int
     eos_token_ids: tuple[int, ...]
     reads: StepReads | None = None
+    expert_bytes: int | None = None
 
 
 class Worker(ABC):
@@ -70,12 +75,14 @@ class Worker(ABC):
         model: says whether sequences may join a running batch (``can_merge``) and prompts of different lengths be
             prefilled together (``can_pad``).
         everyone_holds_all: whether every rank holds every sequence.
+        recording: on rank 0, where routes are recorded.
     """
 
     group: RankGroup
     facts: ModelFacts
     model: Any
     everyone_holds_all: bool
+    recording: RouteRecording | None = None
 
     @abstractmethod
     def execute(self, step: StepPlan) -> dict[int, int]:

@@ -27,6 +27,7 @@ class Job:
         arrivals: the step at which each prompt is admitted.
         new_tokens: generated for each prompt.
         dtype: name of the torch dtype.
+        record: path of the traces that rank 0 records of every prompt, with token ids.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Job:
     new_tokens: int
     dtype: str = "float32"
     random_weights: bool = False
+    record: str | None = None
 
 
 @dataclass
@@ -140,8 +142,20 @@ def _run_job(job: Job, group: Any) -> Result:
     worker = RankWorker(model, report, plan, group, job.exchange)
     worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
     _record_logits(worker, result)
+    if job.record is not None and group.rank == 0:
+        worker.recording = _start_recording(job.record, plan, job.model, worker.facts)
     _drive(worker, job, group.world_size, result)
+    if worker.recording is not None:
+        worker.recording.close()
     return result
+
+
+def _start_recording(path: str, plan: Any, model: str, facts: Any) -> Any:
+    from runtime.recording import start_recording
+    from runtime.settings import RecordSettings
+
+    settings = RecordSettings(record=path, record_rate=1.0, record_token_ids=True)
+    return start_recording(settings, plan, model, facts)
 
 
 def _record_logits(worker: Any, result: Result) -> None:
