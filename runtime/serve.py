@@ -31,7 +31,7 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings, reco
     tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
     if record.record is not None:
-        run.worker.recording = start_recording(record, plan, model, run.worker.facts)
+        run.worker.record(start_recording(record, plan, model, run.worker.facts))
     engine = run.start_engine(settings)
     name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
     app = create_app(engine, tokenizer, name, int(time.time()))

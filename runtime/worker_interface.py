@@ -104,6 +104,10 @@ class Worker(ABC):
             routes: logical ids, int32 ``[steps, MoE layers, sequences, K]``; None routes as usual again.
         """
 
+    def record(self, recording: RouteRecording) -> None:
+        """Hand the routes of every pass from now on to a recording (rank 0)."""
+        self.recording = recording
+
     def serve(self) -> None:
         """Follow rank 0's plans until it says stop (ranks other than 0)."""
         while True:

@@ -5,7 +5,8 @@ Shape legend: T tokens, K choices per token, D model width, H query heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,7 @@ class Decoder:
         rotary: float32 ``[positions, 2, d/2]``.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
+        kept_routes: where it is a list, every MoE layer adds the experts of the pass's tokens, int32 ``[T, K]``.
     """
 
     shape: DecoderShape
@@ -47,6 +49,17 @@ class Decoder:
     cache: PagedCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
+    kept_routes: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def keep_routes(self) -> Iterator[list[torch.Tensor]]:
+        """While entered, the list that every MoE layer adds its experts to."""
+        kept: list[torch.Tensor] = []
+        self.kept_routes = kept
+        try:
+            yield kept
+        finally:
+            self.kept_routes = None
 
 
 def run_layers(
@@ -98,6 +111,8 @@ def _feed_forward(
     routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
+    if decoder.kept_routes is not None:
+        decoder.kept_routes.append(routes.ids)
     pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 

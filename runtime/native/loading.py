@@ -133,7 +133,8 @@ def load_native(
         native.max_context,
     )
     eos = eos_token_ids(_generation_config(model), config)
-    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, step_reads(decoder))
+    reads = step_reads(decoder)
+    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, reads, reads.expert_bytes or None)
     return NativeWorker(native, facts, group)
 
 

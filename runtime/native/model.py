@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch.nn.functional import linear
@@ -11,10 +12,11 @@ from kernels.sample import sample
 from runtime.errors import InputError
 from runtime.native.cache import PageAllocator
 from runtime.native.forward import Decoder
-from runtime.native.prefill import Prompt, prefill
+from runtime.native.prefill import Piece, Prompt, prefill
 from runtime.native.replayed_routes import ReplayedRoutes
 from runtime.native.rows import Rows, RunningSequence
-from runtime.native.step import GraphedStep, decode_step
+from runtime.native.step import EagerStep, GraphedStep
+from runtime.recording import Fed, RouteRecording
 from runtime.step_plan import Admission
 from runtime.worker_interface import NO_TOKEN
 
@@ -32,6 +34,7 @@ class NativeModel:
 
     Attributes:
         logits: of the last prefill or step, one row per sequence that took part; the next one may overwrite them.
+        recording: takes the routes of every pass, where they are recorded.
     """
 
     can_merge = True
@@ -43,6 +46,7 @@ class NativeModel:
         self.pages = PageAllocator(cache.num_tokens // cache.page_size, cache.page_size)
         self.max_context = min(len(decoder.rotary), cache.num_tokens)
         self.logits: torch.Tensor | None = None
+        self.recording: RouteRecording | None = None
         self._sequences: dict[int, RunningSequence] = {}
         self._rows: dict[tuple[int, int], Rows] = {}
         self._filled: Rows | None = None  # rows that hold the running sequences as they stand
@@ -68,6 +72,8 @@ class NativeModel:
             self.pages.release(sequence)
         if sequences:
             self._filled = None
+            if self.recording is not None:
+                self.recording.end(sequences)
 
     def prefill(self, admissions: Sequence[Admission]) -> dict[int, int]:
         """Admit sequences and feed their prompts.
@@ -89,7 +95,8 @@ class NativeModel:
         prompts = []
         for admission, total in zip(admissions, totals, strict=True):
             prompts.append(Prompt(admission.tokens, self.pages.allocate(admission.sequence, total)))
-        hidden = prefill(self.decoder, prompts, self.max_prefill_tokens)
+        note_routes = None if self.recording is None else partial(self._note_prefill, self.recording, admissions)
+        hidden = prefill(self.decoder, prompts, self.max_prefill_tokens, note_routes)
         started = [
             RunningSequence(prompt.pages, len(prompt.tokens), 0, a.sampling)
             for prompt, a in zip(prompts, admissions, strict=True)
@@ -100,6 +107,17 @@ class NativeModel:
             self._sequences[admission.sequence] = sequence
         self._filled = None
         return {admission.sequence: token for admission, token in zip(admissions, tokens, strict=True)}
+
+    @staticmethod
+    def _note_prefill(
+        recording: RouteRecording,
+        admissions: Sequence[Admission],
+        pieces: Sequence[Piece],
+        routes: Sequence[torch.Tensor],
+    ) -> None:
+        found = [(admissions[piece.number], piece) for piece in pieces]
+        fed = [Fed(a.sequence, a.tokens[piece.start : piece.stop], False, piece.start) for a, piece in found]
+        recording.note(fed, routes, None)
 
     @torch.inference_mode()
     def _sample_first(self, hidden: torch.Tensor, started: Sequence[RunningSequence]) -> list[int]:
@@ -124,6 +142,11 @@ class NativeModel:
         if self._replayed is not None:
             self._replayed.advance()
         self.logits = step()[: len(running)]
+        if self.recording is not None:
+            fed = [
+                Fed(number, [sequence.token], True, sequence.position) for number, sequence in self._sequences.items()
+            ]
+            self.recording.note(fed, step.routes, None)
         tokens = rows.sampled[: len(running)].tolist()
         for sequence, token in zip(running, tokens, strict=True):
             sequence.token = token
@@ -153,12 +176,12 @@ class NativeModel:
             columns *= 4
         return min(columns, most)
 
-    def _step(self, num_rows: int, num_pages: int, nucleus: bool) -> Callable[[], torch.Tensor]:
+    def _step(self, num_rows: int, num_pages: int, nucleus: bool) -> GraphedStep | EagerStep:
         if (num_rows, num_pages) not in self._rows:
             self._rows[num_rows, num_pages] = Rows.empty(num_rows, num_pages, self.decoder.rotary.device)
         rows = self._rows[num_rows, num_pages]
         if self._graphs is None:
-            return lambda: decode_step(self.decoder, rows, nucleus)
+            return EagerStep(self.decoder, rows, nucleus)
         if (num_rows, num_pages, nucleus) not in self._graphs:
             self._graphs[num_rows, num_pages, nucleus] = GraphedStep(self.decoder, rows, nucleus, self._pool)
             self._filled = None  # the rows have advanced

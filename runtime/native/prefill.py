@@ -5,7 +5,7 @@ Shape legend: N sequences, L tokens of each, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -32,6 +32,10 @@ class Piece:
     stop: int
 
 
+# a pass's pieces in the order of its tokens; the experts of every MoE layer, int32 [T, K]
+NoteRoutes = Callable[[Sequence[Piece], Sequence[torch.Tensor]], None]
+
+
 def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[Piece]]:
     """Cut prompts into passes of at most so many tokens, in order; a pass has at most one piece of a prompt."""
     passes: list[list[Piece]] = [[]]
@@ -50,13 +54,16 @@ def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[Piece]]:
 
 
 @torch.inference_mode()
-def prefill(decoder: Decoder, prompts: Sequence[Prompt], max_tokens: int) -> torch.Tensor:
+def prefill(
+    decoder: Decoder, prompts: Sequence[Prompt], max_tokens: int, note_routes: NoteRoutes | None = None
+) -> torch.Tensor:
     """Feed whole prompts.
 
     Args:
         decoder: the model, into whose cache keys and values go.
         prompts: with the pages of their sequences.
         max_tokens: fed in one pass.
+        note_routes: called after every pass, where routes are recorded.
 
     Returns:
         Hidden states of each prompt's last token, after the last norm, ``[prompts, D]``.
@@ -64,8 +71,13 @@ def prefill(decoder: Decoder, prompts: Sequence[Prompt], max_tokens: int) -> tor
     last = decoder.weights.norm.new_empty((len(prompts), decoder.shape.width))
     for pieces in plan_passes([len(prompt.tokens) for prompt in prompts], max_tokens):
         groups = _group(pieces)
-        hidden = _run_pass(decoder, prompts, groups)
         ordered = [piece for group in groups for piece in group]
+        if note_routes is None:
+            hidden = _run_pass(decoder, prompts, groups)
+        else:
+            with decoder.keep_routes() as routes:
+                hidden = _run_pass(decoder, prompts, groups)
+            note_routes(ordered, routes)
         ends = torch.tensor([piece.stop - piece.start for piece in ordered]).cumsum(0) - 1
         last[[piece.number for piece in ordered]] = hidden[ends.to(hidden.device)]
     return last

@@ -8,6 +8,7 @@ import torch
 
 from runtime.distributed import RankGroup
 from runtime.native.model import NativeModel
+from runtime.recording import RouteRecording
 from runtime.step_plan import StepPlan
 from runtime.worker_interface import ModelFacts, Worker
 
@@ -26,6 +27,10 @@ class NativeWorker(Worker):
     def __init__(self, model: NativeModel, facts: ModelFacts, group: RankGroup) -> None:
         assert group.world_size == 1
         self.model, self.facts, self.group = model, facts, group
+
+    def record(self, recording: RouteRecording) -> None:
+        """Hand every pass's routes over; see `Worker.record`."""
+        self.recording = self.model.recording = recording
 
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""

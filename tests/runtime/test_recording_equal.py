@@ -2,63 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from transformers import AutoModelForCausalLM
+import torch
 
-from profiler.fingerprint import model_fingerprint
-from profiler.recorder import record_routes
 from profiler.seam import find_moe_layers
-from profiler.trace_format import RoutingTrace
-from profiler.trace_validation import validate_trace
+from runtime.recording import start_recording
+from runtime.settings import RecordSettings
+from runtime.worker_interface import ModelFacts
+from tests.support.native import drive, native_model
 from tests.support.plans import make_plan
 from tests.support.rank_pool import Job, RankPool
+from tests.support.recorded import check_recorded
+from tests.support.tiny_models import tiny_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 40, 41], [100, 11, 12], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30], [77], [64, 3, 99, 98]]
 ARRIVALS = [0, 0, 0, 3, 5]
-NEW_TOKENS = 12
-
-
-def check_trace(path: Path, model_path: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-    """Compare a recorded trace with the profiler's own, sequence by sequence; they may have ended in another order."""
-    model = AutoModelForCausalLM.from_pretrained(model_path).float().eval()
-    model.generation_config.eos_token_id = None  # the requests go on after it, too
-    layers = find_moe_layers(model)
-    with RoutingTrace.open(path) as trace:
-        validate_trace(trace)
-        assert trace.layer_ids == tuple(layer.layer_id for layer in layers)
-        assert (trace.num_experts, trace.top_k) == (layers[0].num_experts, layers[0].top_k)
-        assert trace.model_fingerprint == model_fingerprint(model_path)
-        assert trace.expert_bytes == layers[0].expert_bytes
-        token_ids = trace.token_ids()
-        assert token_ids is not None
-        starts = np.flatnonzero(np.diff(trace.sequence(), prepend=-1))
-        assert len(starts) == len(prompts)
-        found = {}
-        for start, stop in zip(starts, [*starts[1:], trace.num_tokens], strict=True):
-            part = slice(start, stop)
-            found[tuple(token_ids[part])] = (
-                trace.experts()[part].copy(),
-                trace.decode()[part].copy(),
-                trace.position()[part].copy(),
-            )
-    for prompt in prompts:
-        [expected] = record_routes(model, [prompt], batch_size=1, max_new_tokens=new_tokens)
-        experts, decode, position = found[tuple(expected.token_ids)]
-        np.testing.assert_array_equal(experts, expected.experts)
-        np.testing.assert_array_equal(decode, expected.decode)
-        np.testing.assert_array_equal(position, np.arange(len(expected.experts)))
+NEW_TOKENS = 8
 
 
 @pytest.mark.parametrize(("family", "exchange", "ranks"), [
-    ("qwen3_moe", "allreduce", 1),
     ("demo", "allreduce", 2),
     ("deepseek_v3", "alltoall", 2),
     ("gpt_oss", "alltoall", 1),
-    ("granitemoe", "alltoall", 2),
     ("qwen3_next", "allreduce", 2),
 ])  # fmt: skip
 def test_universal_path(
@@ -73,4 +41,17 @@ def test_universal_path(
     plan = make_plan(model, "replicated", ranks, exchange)
     job = Job(model, plan.to_dict(), exchange, PROMPTS, ARRIVALS, NEW_TOKENS, record=str(tmp_path / "routes"))
     rank_pool(ranks).run(job)
-    check_trace(tmp_path / "routes-0001.safetensors", model, PROMPTS, NEW_TOKENS)
+    check_recorded([tmp_path / "routes-0001.safetensors"], model, PROMPTS, NEW_TOKENS)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_native_path(family: str, saved_model: Callable[[str], str], tmp_path: Path) -> None:
+    model = native_model(saved_model(family), max_prefill_tokens=9)  # the longest prompt takes two passes
+    plan = make_plan(saved_model(family), "shuffled", 1)
+    layers = find_moe_layers(tiny_model(family))
+    facts = ModelFacts("native", 128, torch.float32, 200, (), None, layers[0].expert_bytes)
+    settings = RecordSettings(record=str(tmp_path / "routes"), record_rate=1.0, record_token_ids=True)
+    model.recording = start_recording(settings, plan, saved_model(family), facts)
+    drive(model, PROMPTS, ARRIVALS, NEW_TOKENS)
+    model.recording.close()
+    check_recorded([tmp_path / "routes-0001.safetensors"], saved_model(family), PROMPTS, NEW_TOKENS)

@@ -143,7 +143,7 @@ def _run_job(job: Job, group: Any) -> Result:
     worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
     _record_logits(worker, result)
     if job.record is not None and group.rank == 0:
-        worker.recording = _start_recording(job.record, plan, job.model, worker.facts)
+        worker.record(_start_recording(job.record, plan, job.model, worker.facts))
     _drive(worker, job, group.world_size, result)
     if worker.recording is not None:
         worker.recording.close()
