@@ -87,8 +87,9 @@ class Recorder:
                 for share in range(shares):
                     self.prefix = f"{shares}.{share}"
                     numbers = range(share, PROMPTS, shares)
+                    first = StepPlan.prefill(admissions(self.run, numbers, 1))
                     for self.step in range(DECODE_STEPS):
-                        worker.execute(StepPlan(admit=admissions(self.run, numbers, 1) if self.step == 0 else []))
+                        worker.execute(first if self.step == 0 else StepPlan())
                     worker.execute(StepPlan(retire=list(numbers)))
         worker.context.on_routes = None
         return self.tensors
@@ -126,10 +127,10 @@ class Agreement:
         """Largest relative error of the logits, differing pairs and all pairs, over all ranks."""
         worker = universal_worker(self.run)
         worker.context.forced_routes = self._routes
+        first = StepPlan.prefill(admissions(self.run, range(PROMPTS), self.shares))
         with mock.patch.object(worker, "_sample", functools.partial(self._logits, worker._sample)):
             for self.step in range(DECODE_STEPS):
-                admit = admissions(self.run, range(PROMPTS), self.shares) if self.step == 0 else []
-                worker.execute(StepPlan(admit=admit))
+                worker.execute(first if self.step == 0 else StepPlan())
                 for share in range(self.shares):
                     tokens = self.reference[f"tokens.{self.shares}.{share}.{self.step}"].tolist()
                     worker.last_token.update(zip(range(share, PROMPTS, self.shares), tokens, strict=True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,26 +38,35 @@ class Fed:
 
     Attributes:
         sequence: its number.
-        tokens: ids, in order.
-        decode: whether a decode step fed them.
         start: position of the first; None goes on where the pass before it ended.
+        count: how many.
     """
 
     sequence: int
-    tokens: Sequence[int]
-    decode: bool
-    start: int | None = None
+    start: int | None
+    count: int
 
 
 @dataclass
 class _Open:
-    """A recorded request that still runs; parallel lists, one entry per pass."""
+    """A recorded request that still runs; parallel lists, one entry per pass that is known."""
 
-    next_position: int = 0
+    next_start: int = 0  # of the next pass
+    next_kept: int = 0  # positions before it are known
     experts: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
-    decode: list[np.ndarray] = field(default_factory=list)
-    token_ids: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Recorded tokens whose routes are on their way from the device, with the positions of their first ones."""
+
+    fed: list[tuple[Fed, int]]
+    experts_LRK: torch.Tensor
+    copied: torch.cuda.Event | None
+
+    def is_known(self) -> bool:
+        return self.copied is None or bool(self.copied.query())
 
 
 class RouteRecording:
@@ -74,79 +84,106 @@ class RouteRecording:
         self._files, self._rate, self._seed, self._token_ids = files, rate, seed, token_ids
         self._dtype = np.uint8 if num_experts <= 256 else np.uint16
         self._open: dict[int, _Open | None] = {}  # None: not recorded
-        self._lock = threading.Lock()  # a lost rank ends the recording from another thread than the engine's
+        self._passes: deque[_Pass] = deque()
+        self._lock = threading.Lock()  # a lost rank ends requests from another thread than the engine's
 
-    def wants(self, fed: Sequence[Fed]) -> bool:
-        """Whether a pass has any token to record."""
-        return any(self._opened(tokens.sequence) is not None for tokens in fed)
-
-    def note(self, fed: Sequence[Fed], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None) -> None:
-        """Keep what a pass chose.
+    def keep(
+        self, fed: Sequence[Fed], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
+    ) -> None:
+        """Keep what a pass chooses; on a GPU the pass, and later ones, go on meanwhile.
 
         Args:
             fed: the pass's tokens; routes come in the same order.
             experts: of every MoE layer, integer ``[S, K]``; rows after those of ``fed`` are padding.
             weights: of every MoE layer, ``[S, K]``, to sort by; None where experts come by falling weight.
         """
-        if not self.wants(fed):
-            return
         rows: list[int] = []
+        chosen: list[tuple[Fed, int]] = []
         place = 0
-        for tokens in fed:
-            if self._opened(tokens.sequence) is not None:
-                rows += range(place, place + len(tokens.tokens))
-            place += len(tokens.tokens)
-        index_R = torch.tensor(rows, device=experts[0].device)
-        experts_LRK = torch.stack(list(experts))[:, index_R]
-        if weights is not None:
-            weights_LRK = torch.stack(list(weights))[:, index_R].float()
-            order_LRK = weights_LRK.argsort(dim=2, descending=True, stable=True)
-            experts_LRK = experts_LRK.gather(2, order_LRK)
-        experts_RLK = experts_LRK.to(torch.int32).cpu().numpy().swapaxes(0, 1).astype(self._dtype)
         with self._lock:
-            self._keep(fed, experts_RLK)
+            for tokens in fed:
+                request = self._opened(tokens.sequence)
+                if request is not None:
+                    start = request.next_start if tokens.start is None else tokens.start
+                    request.next_start = start + tokens.count
+                    rows += range(place, place + tokens.count)
+                    chosen.append((tokens, start))
+                place += tokens.count
+        if chosen:
+            experts_LRK, copied = _copy_to_host(_select(rows, experts, weights))
+            with self._lock:
+                self._passes.append(_Pass(chosen, experts_LRK, copied))
+                self._take_known()
 
-    def _keep(self, fed: Sequence[Fed], experts_RLK: np.ndarray) -> None:
-        place = 0
-        for tokens in fed:
-            kept = self._open.get(tokens.sequence)
-            if kept is None:
-                continue
-            count = len(tokens.tokens)
-            start = kept.next_position if tokens.start is None else tokens.start
-            again = min(count, max(0, kept.next_position - start))  # of a sequence that was preempted and starts over
-            kept.experts.append(experts_RLK[place + again : place + count])
-            kept.positions.append(np.arange(start + again, start + count))
-            kept.decode.append(np.full(count - again, tokens.decode))
-            if self._token_ids:
-                kept.token_ids.append(np.asarray(tokens.tokens[again:]))
-            kept.next_position = max(kept.next_position, start + count)
-            place += count
+    def _take_known(self) -> None:
+        """Give the routes that have come to their requests; the lock is held, and nothing waits."""
+        while self._passes and self._passes[0].is_known():
+            known = self._passes.popleft()
+            experts_RLK = known.experts_LRK.numpy().swapaxes(0, 1).astype(self._dtype)
+            place = 0
+            for tokens, start in known.fed:
+                request = self._open.get(tokens.sequence)
+                if request is not None:
+                    again = min(tokens.count, max(0, request.next_kept - start))  # preempted, and fed once more
+                    stop = start + tokens.count
+                    request.experts.append(experts_RLK[place + again : place + tokens.count])
+                    request.positions.append(np.arange(start + again, stop))
+                    request.next_kept = max(request.next_kept, stop)
+                place += tokens.count
 
-    def end(self, sequences: Sequence[int]) -> None:
-        """Requests have ended, in whichever way: hand over what was fed of those that are recorded."""
+    def end(self, sequence: int, tokens: Sequence[int], num_generated: int) -> None:
+        """A request has ended, in whichever way: hand over what was fed of it, if it is recorded.
+
+        Args:
+            sequence: its number.
+            tokens: of its prompt and then its answer; the answer's last one was not fed, or for nothing.
+            num_generated: how many are its answer's.
+        """
         with self._lock:
-            for sequence in sequences:
-                kept = self._open.pop(sequence, None)
-                if kept is not None and kept.next_position:
-                    self._files.add(
-                        SequenceRoutes(
-                            np.concatenate(kept.experts),
-                            np.concatenate(kept.positions),
-                            np.concatenate(kept.decode),
-                            np.concatenate(kept.token_ids) if self._token_ids else None,
-                        )
-                    )
+            self._take_known()
+            request = self._open.pop(sequence, None)
+        if request is None or not request.positions:
+            return
+        position, experts = np.concatenate(request.positions), np.concatenate(request.experts)
+        fed = position < len(tokens) - (num_generated > 0)
+        position, experts = position[fed], experts[fed]
+        if len(position):
+            # A token that was generated before a preemption may have been fed with its prompt: it counts as decoded.
+            decode = position >= len(tokens) - num_generated
+            token_ids = np.asarray(tokens)[position] if self._token_ids else None
+            self._files.add(SequenceRoutes(experts, position, decode, token_ids))
 
     def close(self) -> None:
-        """End all open requests and finish the file under way."""
-        self.end(sorted(self._open))
+        """Finish the file under way; requests that are still open are lost."""
         self._files.close()
 
     def _opened(self, sequence: int) -> _Open | None:
         if sequence not in self._open:
             self._open[sequence] = _Open() if is_chosen(sequence, self._rate, self._seed) else None
         return self._open[sequence]
+
+
+def _select(
+    rows: Sequence[int], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None
+) -> torch.Tensor:
+    """Experts of some of a pass's tokens by falling weight, int32 ``[L, R, K]``, without waiting for the device."""
+    index_R = torch.tensor(rows, pin_memory=experts[0].is_cuda).to(experts[0].device, non_blocking=True)
+    experts_LRK = torch.stack(list(experts))[:, index_R].to(torch.int32)
+    if weights is None:
+        return experts_LRK
+    weights_LRK = torch.stack(list(weights))[:, index_R].float()
+    return experts_LRK.gather(2, weights_LRK.argsort(dim=2, descending=True, stable=True))
+
+
+def _copy_to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """A copy on the host, and what tells when it is there; None where it is now."""
+    if not tensor.is_cuda:
+        return tensor, None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
 
 
 def is_chosen(sequence: int, rate: float, seed: int) -> bool:

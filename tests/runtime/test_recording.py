@@ -8,6 +8,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,11 @@ def test_seeds_choose_differently() -> None:
 
 def test_a_request_is_kept_whole_or_not_at_all() -> None:
     kept, files = recording(rate=0.5)
-    fed = [Fed(number, [number, 50 + number], decode=False, start=0) for number in range(40)]
     prompt, step = layers_of(80), layers_of(48, seed=1)
-    kept.note(fed, prompt, None)
-    kept.note([Fed(number, [7], decode=True) for number in range(40)], step, None)  # 8 rows of padding
-    kept.end(range(40))
+    kept.keep([Fed(number, 0, 2) for number in range(40)], prompt)
+    kept.keep([Fed(number, None, 1) for number in range(40)], step)  # and 8 rows of padding
+    for number in range(40):
+        kept.end(number, [number, 50 + number, 7, 8], 2)
     chosen = [number for number in range(40) if is_chosen(number, 0.5, 0)]
     assert 0 < len(chosen) < 40
     assert [found.token_ids.tolist() for found in files.ended if found.token_ids is not None] == [
@@ -120,7 +121,8 @@ def test_experts_are_sorted_by_falling_weight_and_equal_ones_stay() -> None:
     kept, files = recording()
     experts = [torch.tensor([[3, 9], [4, 5], [6, 1]])] * LAYERS
     weights = [torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]])] * LAYERS
-    kept.note([Fed(0, [1, 2, 3], decode=False, start=0)], experts, weights)
+    kept.keep([Fed(0, 0, 3)], experts, weights)
+    kept.end(0, [1, 2, 3], 0)
     kept.close()
     assert files.ended[0].experts[:, 0].tolist() == [[9, 3], [4, 5], [6, 1]]
     assert files.closed
@@ -129,11 +131,11 @@ def test_experts_are_sorted_by_falling_weight_and_equal_ones_stay() -> None:
 def test_tokens_that_are_fed_again_or_were_cached() -> None:
     kept, files = recording()
     again = layers_of(6, seed=2)
-    kept.note([Fed(0, [1, 2, 3], decode=False, start=4)], layers_of(3), None)  # the first four came from a cache
-    kept.note([Fed(0, [9], decode=True)], layers_of(1, seed=1), None)
-    kept.note([Fed(0, [1, 2, 3, 9, 8, 7], decode=False, start=4)], again, None)  # preempted, and fed again
-    kept.note([Fed(0, [1, 2], decode=False, start=4)], layers_of(2), None)
-    kept.end([0])
+    kept.keep([Fed(0, 4, 3)], layers_of(3))  # the first four came from a cache
+    kept.keep([Fed(0, None, 1)], layers_of(1, seed=1))
+    kept.keep([Fed(0, 4, 6)], again)  # preempted, and fed again
+    kept.keep([Fed(0, 4, 2)], layers_of(2))
+    kept.end(0, [0, 0, 0, 0, 1, 2, 3, 9, 8, 7, 6], 4)
     [found] = files.ended
     assert found.token_ids is not None
     assert (found.position.tolist(), found.token_ids.tolist()) == ([4, 5, 6, 7, 8, 9], [1, 2, 3, 9, 8, 7])
@@ -142,11 +144,35 @@ def test_tokens_that_are_fed_again_or_were_cached() -> None:
 
 def test_requests_that_end_early() -> None:
     kept, files = recording()
-    kept.note([Fed(0, [1], decode=False, start=0), Fed(1, [2], decode=False, start=0)], layers_of(2), None)
-    kept.end([0, 5])  # cancelled after its prompt; one that was never fed
-    assert len(files.ended) == 1
-    kept.close()  # one that still runs
-    assert [len(found.position) for found in files.ended] == [1, 1]
+    kept.keep([Fed(0, 0, 2), Fed(1, 0, 1)], layers_of(3))
+    kept.end(0, [1, 2, 3], 0)  # cancelled within its prompt
+    kept.end(5, [4], 0)  # never fed
+    kept.keep([Fed(1, None, 1)], layers_of(1))
+    kept.keep([Fed(1, None, 1)], layers_of(1))
+    kept.end(1, [6, 7, 8], 2)  # its last step was for nothing: the token before had ended it
+    assert [found.position.tolist() for found in files.ended] == [[0, 1], [0, 1]]
+
+
+def test_routes_that_are_under_way_when_their_request_ends() -> None:
+    """On a GPU a step is launched before the tokens of the one before are known."""
+    kept, files = recording()
+    before, ahead = layers_of(2), layers_of(2, seed=1)
+    kept.keep([Fed(0, 0, 1), Fed(1, 0, 1)], before)
+    kept.keep([Fed(0, None, 1), Fed(1, None, 1)], ahead)
+    arrived = kept._passes
+    assert not arrived, "on a CPU routes are there at once"
+    late = SimpleNamespace(query=lambda: late.done, done=False)
+    last = layers_of(2, seed=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runtime.recording._copy_to_host", lambda tensor: (tensor, late))
+        kept.keep([Fed(0, None, 1), Fed(1, None, 1)], last)
+    kept.end(0, [5, 6, 7], 2)
+    assert len(kept._passes) == 1
+    late.done = True
+    kept.end(1, [5, 6, 7, 8], 3)
+    assert [found.position.tolist() for found in files.ended] == [[0, 1], [0, 1, 2]]
+    expected = [[layers[index][1].tolist() for index in range(LAYERS)] for layers in (before, ahead, last)]
+    np.testing.assert_array_equal(files.ended[1].experts, expected)
 
 
 def test_files_are_bounded_and_the_oldest_go(tmp_path: Path) -> None:

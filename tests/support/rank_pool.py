@@ -187,10 +187,13 @@ def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
             del pending[number]
         homes = {n: 0 if worker.everyone_holds_all else n % world_size for n in due}
         admit = [Admission(n, job.prompts[n], homes[n], SamplingParameters(temperature=0, seed=0)) for n in due]
-        new = worker.execute(StepPlan(retire, admit))
+        new = worker.execute(StepPlan.prefill(admit, retire) if admit else StepPlan(retire))
         retire = []
         for sequence, token in new.items():
             result.tokens.setdefault(sequence, []).append(token)
             if len(result.tokens[sequence]) == job.new_tokens:
                 retire.append(sequence)
+        if worker.recording is not None:
+            for n in retire:
+                worker.recording.end(n, [*job.prompts[n], *result.tokens[n]], len(result.tokens[n]))
         step += 1
