@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -120,15 +122,22 @@ def load_native(
     dtype = settings.torch_dtype(device)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    decoder = load_decoder(model, config, shape, local_slots(plan, group.rank), dtype, device, settings)
-    loaded_s = time.perf_counter()
+    decoder, fill = make_decoder(model, config, shape, local_slots(plan, group.rank), dtype, device, settings)
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
-    if device.type == "cuda" and capture:
-        native.capture(settings.max_sequences)
+    with ThreadPoolExecutor(1) as pool:
+        # The steps are captured while the weights are read: compiling takes processors, reading takes the disk.
+        filling = pool.submit(_timed, fill)
+        captured_s = 0.0
+        if device.type == "cuda" and capture:
+            if settings.weights == "random":  # drawn on the stream that a capture must not meet
+                filling.result()
+            captured_s = _timed(lambda: native.capture(settings.max_sequences))
+        filled_s = filling.result()
     logger.info(
-        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
-        loaded_s - start_s,
-        time.perf_counter() - loaded_s,
+        "weights in %.1f s, graphs in %.1f s, both in %.1f s; the cache holds %d tokens, at most %d for one sequence",
+        filled_s,
+        captured_s,
+        time.perf_counter() - start_s,
         decoder.cache.num_tokens,
         native.max_context,
     )
@@ -147,7 +156,14 @@ def load_native(
     return NativeWorker(native, facts, group)
 
 
-def load_decoder(
+def _timed(work: Callable[[], None]) -> float:
+    """Do it, and say how many seconds it took."""
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def make_decoder(
     model: str,
     config: Any,
     shape: DecoderShape,
@@ -156,8 +172,8 @@ def load_decoder(
     device: torch.device,
     settings: EngineSettings,
     page_size: int = PAGE_SIZE,
-) -> Decoder:
-    """Weights, cache and rotary table of this rank.
+) -> tuple[Decoder, Callable[[], None]]:
+    """Cache, rotary table and weights of this rank, all zero, and what reads or draws the weights.
 
     Args:
         model: directory or hub id.
@@ -170,10 +186,6 @@ def load_decoder(
         page_size: tokens per page of the cache.
     """
     weights, parts = allocate(shape, slots, dtype, device)
-    if settings.weights == "random":
-        fill_with_random(parts)
-    else:
-        fill_from_checkpoint(model, parts)
     tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
     try:
         cache = PagedCache(shape, -(-tokens // page_size), page_size, dtype, device)
@@ -181,7 +193,10 @@ def load_decoder(
         size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
         raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
     positions = min(shape.max_positions, cache.num_tokens)
-    return Decoder(shape, weights, cache, rotary_table(config, shape, positions, device))
+    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device))
+    if settings.weights == "random":
+        return decoder, lambda: fill_with_random(parts)
+    return decoder, lambda: fill_from_checkpoint(model, parts)
 
 
 def step_reads(decoder: Decoder) -> StepReads:

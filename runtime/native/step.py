@@ -95,7 +95,9 @@ class GraphedStep:
         # because the matrix library keeps a workspace for every stream that it has run on.
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
-        with decoder.keep_routes() as self.routes, torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may be copying weights: their calls don't concern this capture.
+        capturing = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with decoder.keep_routes() as self.routes, capturing:
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:
