@@ -144,13 +144,13 @@ async def send_all(
             await asyncio.sleep(start_s + due_s - time.perf_counter())
             answer = Answer(time.perf_counter() - start_s - due_s)
             async with gate:
-                await _send(client, PATHS[target.endpoint], body, answer)
+                await send(client, PATHS[target.endpoint], body, answer)
             return answer
 
         return await asyncio.gather(*(at(due, body) for due, body in zip(arrivals_s, bodies, strict=True)))
 
 
-async def _send(client: httpx.AsyncClient, path: str, body: bytes, answer: Answer) -> None:
+async def send(client: httpx.AsyncClient, path: str, body: bytes, answer: Answer) -> None:
     """One request; whatever goes wrong is noted in its answer."""
     headers = {"content-type": "application/json"}
     answer.sent_s = time.perf_counter()
