@@ -17,7 +17,6 @@ from runtime.bench_serve_load import Answer
 from runtime.requests import StepTime
 from tests.benchmarks.test_expert_parallel_decode import ROOT, SHAPE, SMALL
 
-
 CRITERIA = ("no_error", "fair", "memory_flat")
 
 
