@@ -41,9 +41,11 @@ from runtime.bench import DecodeBenchmark, describe_machine, time_batch
 from runtime.engine import Engine
 from runtime.native.families import read_shape
 from runtime.native.loading import load_config
+from runtime.recording_settings import RecordSettings
 from runtime.requests import StepTime
 from runtime.serve import serve
-from runtime.settings import EngineSettings, RecordSettings, ServerSettings
+from runtime.server_settings import ServerSettings
+from runtime.settings import EngineSettings
 from runtime.start import Run, start_run
 
 SHAPES = Path(__file__).parent / "shapes"

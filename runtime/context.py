@@ -22,6 +22,8 @@ class StepContext:
             weights of real tokens) are replaced by what it returns.
         on_routes: called with the layer index and this rank's final routes, before dispatch.
         kept_routes: where it is a list, every MoE layer adds the routes of all ranks' tokens, rank after rank.
+        row_values: width of the hidden states that the experts take.
+        row_bytes: of one such hidden state.
     """
 
     valid: torch.Tensor | None = None
@@ -29,6 +31,8 @@ class StepContext:
     forced_routes: Callable[[int, Routes], Routes] | None = None
     on_routes: Callable[[int, Routes], None] | None = None
     kept_routes: list[Routes] | None = None
+    row_values: int = 0
+    row_bytes: int = 0
 
     def keep(self, routes: Routes) -> None:
         """Add a layer's routes of all ranks' tokens, if they are kept."""

@@ -26,7 +26,7 @@ from profiler.trace_header import require_output
 from profiler.trace_writer import TraceWriter
 from runtime.errors import InputError
 from runtime.recording_files import HEADER_BYTES, SUFFIX, SequenceRoutes, TraceFiles
-from runtime.settings import RecordSettings
+from runtime.recording_settings import RecordSettings
 from runtime.worker_interface import ModelFacts
 
 MB = 10**6

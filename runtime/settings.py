@@ -7,11 +7,10 @@ from typing import Any, Self
 
 import torch
 
-from runtime.errors import InputError, ModelError
+from runtime.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_TIMEOUT_S = 86400
-MAX_FILE_MB = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -89,66 +88,3 @@ class EngineSettings(Settings):
         if self.dtype == "auto":
             return "auto" if device.type == "cuda" else torch.float32
         return DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class RecordSettings(Settings):
-    """What is recorded of the requests that are served.
-
-    Attributes:
-        record: path of the traces, ``PATH-0001.safetensors`` and so on; None records nothing.
-        record_rate: share of the requests.
-        record_max_mb: size of a file in MB at which the next one begins.
-        record_minutes: after so long a file is finished, however small.
-        record_rotate: finished files that are kept.
-        record_token_ids: whether the tokens' ids are recorded too: prompts can be read from them.
-        record_seed: of the choice of requests.
-    """
-
-    record: str | None = None
-    record_rate: float = 0.01
-    record_max_mb: float = 256
-    record_minutes: float = 60
-    record_rotate: int = 8
-    record_token_ids: bool = False
-    record_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.record is not None and not (isinstance(self.record, str) and self.record):
-            raise InputError(f"record={self.record}: expected a path, as in record=traces/routes")
-        for name, most, expected in (
-            ("record_rate", 1.0, "a number above 0 and at most 1"),
-            ("record_max_mb", MAX_FILE_MB, f"a number above 0 and at most {MAX_FILE_MB}"),
-            ("record_minutes", MAX_TIMEOUT_S, f"a number above 0 and at most {MAX_TIMEOUT_S}"),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-                raise InputError(f"{name}={value}: expected {expected}")
-        for name, least in (("record_rotate", 1), ("record_seed", 0)):
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)}: expected an integer of at least {least}")
-        if not isinstance(self.record_token_ids, bool):
-            raise InputError(f"record_token_ids={self.record_token_ids}: expected true or false")
-
-
-@dataclass(frozen=True)
-class ServerSettings(Settings):
-    """Where a plan is served, and under what name.
-
-    Attributes:
-        host: name or address to listen on.
-        port: to listen on; 0 takes a free one.
-        served_model_name: what ``/v1/models`` calls the model; None takes the model's folder name or hub id.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.host, str):
-            raise InputError(f"host={self.host}: expected a name or an address of this machine")
-        if type(self.port) is not int:
-            raise InputError(f"port={self.port}: expected an integer from 0 to 65535")
-        if self.served_model_name is not None and not isinstance(self.served_model_name, str):
-            raise InputError(f"served_model_name={self.served_model_name}: expected text")

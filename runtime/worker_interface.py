@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from runtime.distributed import RankGroup
+from runtime.load import Load
+from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 
 Tokens = Callable[[], dict[int, int]]  # waits for the new tokens of a step
@@ -98,6 +100,11 @@ class Worker(ABC):
     overlaps = False
     recording: RouteRecording | None = None
 
+    @property
+    @abstractmethod
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """On rank 0, by sequence: of the tokens asked for last, as far as their requests want them."""
+
     @abstractmethod
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step.
@@ -122,6 +129,10 @@ class Worker(ABC):
     def record(self, recording: RouteRecording) -> None:
         """Hand the routes of every pass from now on to a recording (rank 0)."""
         self.recording = recording
+
+    def take_load(self) -> Load | None:
+        """Work of all slots since the last call; None on ranks that do not know it. Called between steps."""
+        return None
 
     def serve(self) -> None:
         """Follow rank 0's plans until it says stop (ranks other than 0)."""

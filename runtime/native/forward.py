@@ -20,6 +20,7 @@ from kernels.rope_cache import rope_cache
 from kernels.route import Routes
 from kernels.route_permute import route_permute
 from kernels.skinny_linear import skinny_linear
+from runtime.load import SlotCounter
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
@@ -41,6 +42,7 @@ class Decoder:
         rotary: float32 ``[positions, 2, d/2]``.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
+        load: counts the pairs of every slot, where that is wanted.
         kept_routes: where it is a list, every MoE layer adds the experts of the pass's tokens, int32 ``[T, K]``.
     """
 
@@ -49,6 +51,7 @@ class Decoder:
     cache: PagedCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
+    load: SlotCounter | None = None
     kept_routes: list[torch.Tensor] | None = None
 
     @contextmanager
@@ -63,7 +66,12 @@ class Decoder:
 
 
 def run_layers(
-    decoder: Decoder, tokens: torch.Tensor, positions: torch.Tensor, slot_index: torch.Tensor, attend: Attend
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    slot_index: torch.Tensor,
+    attend: Attend,
+    decoding: bool = False,
 ) -> torch.Tensor:
     """Feed tokens through all layers; their keys and values go into the cache.
 
@@ -73,6 +81,7 @@ def run_layers(
         positions: int32 ``[T]``.
         slot_index: where each token is cached, ``page * page_size + offset``, int64 ``[T]``; -1 caches nothing.
         attend: attention over the cache.
+        decoding: whether this is a decode step, for the counts of active experts.
 
     Returns:
         Hidden states after the last norm ``[T, D]``.
@@ -97,6 +106,8 @@ def run_layers(
         residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
         residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
+    if decoder.load is not None:
+        decoder.load.end_pass(decoding, slot_index)
     return normed
 
 
@@ -111,6 +122,8 @@ def _feed_forward(
     routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
+    if decoder.load is not None:
+        decoder.load.note(routes.slots)
     if decoder.kept_routes is not None:
         decoder.kept_routes.append(routes.ids)
     pairs = run_experts(decoder.shape, layer.experts, normed, permutation)

@@ -13,6 +13,7 @@ import torch
 from placement.plan import PlacementPlan
 from runtime.distributed import RankGroup
 from runtime.errors import ModelError, one_line
+from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
@@ -193,7 +194,10 @@ def make_decoder(
         size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
         raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
     positions = min(shape.max_positions, cache.num_tokens)
-    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device))
+    counter = (
+        SlotCounter(sum(shape.moe_layers), max(map(len, slots.values())), device) if any(shape.moe_layers) else None
+    )
+    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), load=counter)
     if settings.weights == "random":
         return decoder, lambda: fill_with_random(parts)
     return decoder, lambda: fill_from_checkpoint(model, parts)

@@ -44,7 +44,7 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
             decoder.weights.layers[layer].sinks,
         )
 
-    hidden = run_layers(decoder, rows.tokens, rows.positions, rows.slot_index(cache.page_size), attend)
+    hidden = run_layers(decoder, rows.tokens, rows.positions, rows.slot_index(cache.page_size), attend, decoding=True)
     logits = linear(hidden, decoder.weights.head)
     chosen = sample(logits, rows.temperature, rows.seeds, lengths, rows.top_p if nucleus else None)
     rows.tokens.copy_(chosen)

@@ -22,7 +22,7 @@ from profiler.trace_format import RoutingTrace, TraceWriter
 from profiler.trace_validation import validate_trace
 from runtime.recording import Fed, RouteRecording, is_chosen
 from runtime.recording_files import HEADER_BYTES, SequenceRoutes, TraceFiles
-from runtime.settings import RecordSettings
+from runtime.recording_settings import RecordSettings
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXPERTS, LAYERS, TOP_K = 32, 3, 2

@@ -15,8 +15,9 @@ from profiler.seam import find_moe_layers
 from runtime.engine import Engine
 from runtime.native.worker import NativeWorker
 from runtime.recording import start_recording
+from runtime.recording_settings import RecordSettings
 from runtime.requests import SamplingParameters
-from runtime.settings import EngineSettings, RecordSettings
+from runtime.settings import EngineSettings
 from runtime.worker_interface import ModelFacts
 from tests.support.fake_worker import Listener
 from tests.support.native import native_model

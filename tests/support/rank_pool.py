@@ -12,12 +12,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from runtime.requests import SamplingParameters, TokenEvent, TokenLogprobs
+from tests.support.schedules import Arrival
+
 TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model to load by a plan, and prompts to continue greedily.
+    """A model to load by a plan, and prompts to continue.
 
     Attributes:
         model: directory.
@@ -27,6 +30,8 @@ class Job:
         arrivals: the step at which each prompt is admitted.
         new_tokens: generated for each prompt.
         dtype: name of the torch dtype.
+        random_weights: draw the weights instead of reading them.
+        sampling: of each prompt, resolved; None is greedy.
         record: path of the traces that rank 0 records of every prompt, with token ids.
     """
 
@@ -39,6 +44,26 @@ class Job:
     dtype: str = "float32"
     random_weights: bool = False
     record: str | None = None
+    sampling: list[SamplingParameters] | None = None
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """A model to load by a plan, and requests for an engine.
+
+    Attributes:
+        model: directory.
+        plan: as `PlacementPlan.to_dict` gives it.
+        exchange: mode.
+        schedule: of requests; the result's tokens are numbered by it.
+        settings: of the engine.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    exchange: str
+    schedule: tuple[Arrival, ...]
+    settings: dict[str, Any]
 
 
 @dataclass
@@ -48,16 +73,24 @@ class Result:
     Attributes:
         tokens: generated ids per prompt.
         logits: float32 ``[new_tokens, V]`` per prompt.
+        logprobs: of the tokens, per prompt, where they were asked for; complete on rank 0.
         routes: per layer index, the ids ``[T, K]`` of all forward passes in order.
         expert_parameter_bytes: of the experts modules after loading.
         expert_bytes_read: from the checkpoint.
+        events: of every request of an engine's schedule.
+        pieces: of prompts in every plan of the engine.
+        load: of all slots, on the rank that knows it.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     logits: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     routes: dict[int, list[np.ndarray]] = field(default_factory=dict)
     expert_parameter_bytes: int = 0
     expert_bytes_read: int = 0
+    events: list[list[TokenEvent]] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+    load: Any = None
 
 
 class RankPool:
@@ -76,7 +109,7 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, job: Job) -> list[Result]:
+    def run(self, job: Job | EngineJob) -> list[Result]:
         """Execute a job; every rank's result, or the first rank's traceback as an error."""
         for pipe in self._pipes:
             pipe.send(job)
@@ -121,7 +154,7 @@ def _rank_main(rank: int, world_size: int, port: int, device: str, pipe: Any) ->
     while True:
         job = pipe.recv()
         try:
-            pipe.send(_run_job(job, group))
+            pipe.send(_run_job(job, group) if isinstance(job, Job) else _run_engine(job, group))
         except Exception:  # noqa: BLE001 - the parent raises it
             pipe.send(traceback.format_exc())
 
@@ -147,15 +180,34 @@ def _run_job(job: Job, group: Any) -> Result:
     _drive(worker, job, group.world_size, result)
     if worker.recording is not None:
         worker.recording.close()
+    result.load = worker.take_load()
     return result
 
 
 def _start_recording(path: str, plan: Any, model: str, facts: Any) -> Any:
     from runtime.recording import start_recording
-    from runtime.settings import RecordSettings
+    from runtime.recording_settings import RecordSettings
 
     settings = RecordSettings(record=path, record_rate=1.0, record_token_ids=True)
     return start_recording(settings, plan, model, facts)
+
+
+def _run_engine(job: EngineJob, group: Any) -> Result:
+    """Rank 0 plays the schedule on an engine, the others follow; what rank 0's requests got."""
+    from placement.plan import PlacementPlan
+    from runtime.checkpoint import load_shard
+    from runtime.settings import EngineSettings
+    from runtime.worker import RankWorker, local_slots
+    from tests.support.schedules import Play
+
+    plan = PlacementPlan.from_dict(job.plan)
+    model, report = load_shard(job.model, local_slots(plan, group.rank), torch.float32, group.device)
+    worker = RankWorker(model, report, plan, group, job.exchange)
+    if group.rank != 0:
+        worker.serve()
+        return Result()
+    played = Play(worker, EngineSettings(**job.settings), job.schedule)
+    return Result(events=played.events, pieces=[len(plan.feed) for plan in played.plans])
 
 
 def _record_logits(worker: Any, result: Result) -> None:
@@ -173,9 +225,9 @@ def _record_logits(worker: Any, result: Result) -> None:
 
 def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
     """Every rank derives the same plans from the job, as if rank 0 had sent them."""
-    from runtime.requests import SamplingParameters
     from runtime.step_plan import Admission, StepPlan
 
+    sampling = job.sampling or [SamplingParameters(temperature=0, seed=0)] * len(job.prompts)
     retire: list[int] = []
     pending = dict(enumerate(job.arrivals))
     step = 0
@@ -186,10 +238,12 @@ def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
         for number in due:
             del pending[number]
         homes = {n: 0 if worker.everyone_holds_all else n % world_size for n in due}
-        admit = [Admission(n, job.prompts[n], homes[n], SamplingParameters(temperature=0, seed=0)) for n in due]
+        admit = [Admission(n, job.prompts[n], homes[n], sampling[n]) for n in due]
         new = worker.execute(StepPlan.prefill(admit, retire) if admit else StepPlan(retire))
         retire = []
         for sequence, token in new.items():
+            if sequence in worker.logprobs:
+                result.logprobs.setdefault(sequence, []).append(worker.logprobs[sequence])
             result.tokens.setdefault(sequence, []).append(token)
             if len(result.tokens[sequence]) == job.new_tokens:
                 retire.append(sequence)

@@ -100,17 +100,25 @@ class Play:
 
         return on_event
 
-    def tokens(self, number: int) -> list[int]:
-        """What a request was given."""
-        return [event.token_id for event in self.events[number] if event.token_id is not None]
-
     def check_against(self, alone: Sequence[Sequence[int]]) -> None:
-        """Every request got the tokens it gets alone, once each and in order, up to its end."""
-        for number, (arrival, expected) in enumerate(zip(self._schedule, alone, strict=True)):
-            found, events = self.tokens(number), self.events[number]
-            assert found == list(expected[: len(found)]), f"request {number}: {found}, alone {expected}"
-            assert [event.finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
-            if events[-1].finish_reason != "cancelled":
-                assert len(found) == len(expected), f"request {number}: {events[-1]}"
-            else:
-                assert arrival.cancel_after is not None
+        """See `check_events`."""
+        check_events(self.events, self._schedule, alone)
+
+
+def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
+    """What a request was given."""
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+def check_events(
+    events: Sequence[Sequence[TokenEvent]], schedule: Sequence[Arrival], alone: Sequence[Sequence[int]]
+) -> None:
+    """Every request got the tokens that it gets alone, once each and in order, up to its end."""
+    for number, (own, arrival, expected) in enumerate(zip(events, schedule, alone, strict=True)):
+        found = tokens_of(own)
+        assert found == list(expected[: len(found)]), f"request {number}: {found}, alone {expected}"
+        assert [event.finish_reason for event in own[:-1]] == [None] * (len(own) - 1)
+        if own[-1].finish_reason == "cancelled":
+            assert arrival.cancel_after is not None
+        else:
+            assert len(found) == len(expected), f"request {number}: {own[-1]}"
