@@ -5,7 +5,8 @@ Shape legend: T tokens, K choices per token, D model width, H query heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ class Decoder:
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
         load: counts the pairs of every slot, where that is wanted.
+        kept_routes: where it is a list, every MoE layer adds the experts of the pass's tokens, int32 ``[T, K]``.
     """
 
     shape: DecoderShape
@@ -52,6 +54,17 @@ class Decoder:
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
     load: SlotCounter | None = None
+    kept_routes: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def keep_routes(self) -> Iterator[list[torch.Tensor]]:
+        """While entered, the list that every MoE layer adds its experts to."""
+        kept: list[torch.Tensor] = []
+        self.kept_routes = kept
+        try:
+            yield kept
+        finally:
+            self.kept_routes = None
 
 
 def run_layers(
@@ -126,6 +139,8 @@ def _feed_forward(
         routes, permutation = decoder.replace_routes(number, routes, permutation)
     if decoder.load is not None:
         decoder.load.note(routes.slots)
+    if decoder.kept_routes is not None:
+        decoder.kept_routes.append(routes.ids)
     pairs = run_experts(decoder.shape, experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
