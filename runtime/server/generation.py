@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from starlette.types import Receive
 
 from runtime.requests import SamplingParameters, TokenEvent, TokenLogprobs
 from runtime.server.detokenizer import Detokenizer
+from runtime.server.mailbox import Mailbox
 from runtime.server.metered_engine import MeteredEngine
 from runtime.server.stop_strings import StopMatcher
 
@@ -152,10 +152,11 @@ class Generation:
             self._engine.finish(request_id)
 
     def _callback(self, index: int) -> Callable[[TokenEvent], None]:
-        def on_event(event: TokenEvent) -> None:
-            # Called from the engine's thread. A closed loop means that the server is gone: nobody waits for the event.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+        loop, queue = self._loop, self._queue
+        mailbox = Mailbox.of(loop)
+
+        def on_event(event: TokenEvent) -> None:  # called from the engine's thread
+            mailbox.put(loop, queue, (index, event))
 
         return on_event
 
