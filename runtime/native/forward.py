@@ -45,7 +45,7 @@ class Decoder:
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
         load: counts the pairs of every slot, where that is wanted.
-        kept_routes: where it is a list, every MoE layer adds the experts of the pass's tokens, int32 ``[T, K]``.
+        kept_routes: where it is a list, every MoE layer adds the routes of the pass's tokens.
     """
 
     shape: DecoderShape
@@ -54,12 +54,12 @@ class Decoder:
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
     load: SlotCounter | None = None
-    kept_routes: list[torch.Tensor] | None = None
+    kept_routes: list[Routes] | None = None
 
     @contextmanager
-    def keep_routes(self) -> Iterator[list[torch.Tensor]]:
-        """While entered, the list that every MoE layer adds its experts to."""
-        kept: list[torch.Tensor] = []
+    def keep_routes(self) -> Iterator[list[Routes]]:
+        """While entered, the list that every MoE layer adds its routes to."""
+        kept: list[Routes] = []
         self.kept_routes = kept
         try:
             yield kept
@@ -140,7 +140,7 @@ def _feed_forward(
     if decoder.load is not None:
         decoder.load.note(routes.slots)
     if decoder.kept_routes is not None:
-        decoder.kept_routes.append(routes.ids)
+        decoder.kept_routes.append(routes)
     pairs = run_experts(decoder.shape, experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 

@@ -149,7 +149,8 @@ class NativeModel:
         logits, sampled = step()[: len(running)], rows.sampled[: len(running)]
         self.logits.append(logits)
         if self.recording is not None:
-            self.recording.keep([Fed(number, each.position, 1) for number, each in decoding.items()], step.routes)
+            fed = [Fed(number, sequence.position, 1) for number, sequence in decoding.items()]
+            self.recording.keep(fed, [each.ids for each in step.routes], [each.weights for each in step.routes])
         if self._sampler.choose_again(numbers, logits, sampled):
             rows.feed_sampled(len(running))
         new.add(decoding, sampled, *self._sampler.take_in(numbers, logits, sampled))

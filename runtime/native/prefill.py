@@ -65,7 +65,8 @@ def prefill(
         else:
             with decoder.keep_routes() as routes:
                 hidden = _run_pass(decoder, prompts, groups)
-            recording.keep([Fed(p.sequence, p.start, p.stop - p.start) for p in ordered], routes)
+            fed = [Fed(piece.sequence, piece.start, piece.stop - piece.start) for piece in ordered]
+            recording.keep(fed, [each.ids for each in routes], [each.weights for each in routes])
         ends = torch.tensor([piece.stop - piece.start for piece in ordered]).cumsum(0) - 1
         done = [i for i, piece in enumerate(ordered) if piece.stop == len(prompts[piece.sequence].tokens)]
         if done:
