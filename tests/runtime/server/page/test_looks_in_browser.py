@@ -45,14 +45,14 @@ def test_phone_never_scrolls_sideways(browser: Chrome, site: ScriptedSite, mode:
     if shape:
         site.placement, site.load = large_model(*shape)
     site.pieces = ["long" * 60, " ", "word " * 60]
-    for width in (320, 360):
-        resize(browser, width, 740, phone=True)
-        load_page(browser, site)
-        map_shown(browser) if not shape else wait_for(lambda: texts(browser, "#slots li"))
-        find(browser, f"[name=mode][value={mode}]").click()
-        ask(browser, "x" * 300)
-        wait_for(lambda: site.seen and find(browser, "#send").is_enabled())
-        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+    resize(browser, 320, 740, phone=True)
+    load_page(browser, site)
+    num_slots = shape[1] // shape[2] if shape else len(PLACEMENT["slots"][0][0])
+    wait_for(lambda: len(texts(browser, "#slots li")) == num_slots)
+    find(browser, f"[name=mode][value={mode}]").click()
+    ask(browser, "x" * 300)
+    wait_for(lambda: site.seen and find(browser, "#send").is_enabled())
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 320
     assert problems(browser) == []
 
 
