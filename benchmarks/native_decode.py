@@ -4,12 +4,14 @@
 
 Every row states the copy bandwidth measured in the same run and the share of it that the step's reads make. With
 ``--profile`` one more step per batch is traced, and the kernels it spent most time in are rows of kind ``profile``.
-Rows of shapes and batches that the file has already are replaced.
+With ``--cached`` long contexts are not fed: random keys and values fill the cache. Rows of the device, shape, batch and
+context that the file has already are replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from runtime.step_plan import StepPlan
 
 SHAPES = Path(__file__).parent / "shapes"
 KERNEL_ROWS = 16
+KEYS = ("device", "shape", "batch", "context")
 
 
 def start(flags: argparse.Namespace, batches: list[int]) -> tuple[Run, RouteSource | None]:
@@ -46,6 +49,11 @@ def start(flags: argparse.Namespace, batches: list[int]) -> tuple[Run, RouteSour
     plan = make_plan("contiguous", shape.num_experts, shape.top_k, layers, 1)
     worker = load_native(plan, folder, shape, settings, group, capture=False)
     source = route_source(flags.routes, shape.num_experts, shape.top_k, len(layers), 0)
+    if flags.cached:
+        for layer in itertools.chain(
+            *(held for held in vars(worker.model.decoder.cache).values() if isinstance(held, list))
+        ):
+            layer.normal_()
     return Run(plan, folder, group, worker, ranks), source
 
 
@@ -65,8 +73,10 @@ def profile_step(run: Run, benchmark: DecodeBenchmark, batch: int, source: Route
     return [
         {
             "kind": "profile",
+            "device": device_name(run),
             "shape": Path(run.model_path).name,
             "batch": batch,
+            "context": f"{benchmark.context}-{benchmark.context + benchmark.steps}",
             "kernel": event.key[:90],
             "calls_per_step": event.count,
             "us_per_step": event.self_device_time_total,
@@ -75,13 +85,18 @@ def profile_step(run: Run, benchmark: DecodeBenchmark, batch: int, source: Route
     ]
 
 
+def device_name(run: Run) -> str:
+    """The GPU's name."""
+    return torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU"
+
+
 def merge(output: Path, document: dict[str, Any]) -> None:
-    """Write the document together with the rows of other shapes and batches that the file has."""
+    """Write the document together with the rows that the file has of other devices, shapes, batches and contexts."""
     rows = document["rows"]
     if output.exists():
-        mine = {(row["shape"], row["batch"]) for row in rows}
+        mine = {tuple(row[key] for key in KEYS) for row in rows}
         kept = json.loads(output.read_text())["rows"]
-        document["rows"] = [row for row in kept if (row["shape"], row["batch"]) not in mine] + rows
+        document["rows"] = [row for row in kept if tuple(row[key] for key in KEYS) not in mine] + rows
     write_atomically(output, json.dumps(document, indent=1) + "\n")
 
 
@@ -97,6 +112,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--routes", default="uniform")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--cached", action="store_true", help="long contexts: fill the cache with random numbers")
+    parser.add_argument("--commit", help="of a copy without git history")
     return parser.parse_args()
 
 
@@ -105,13 +122,15 @@ def main() -> None:
     flags = parse_flags()
     batches = [int(size) for size in flags.batches.split(",")]
     run, source = start(flags, batches)
-    benchmark = DecodeBenchmark(tuple(batches), flags.context, flags.steps, flags.warmup_steps, 0, flags.routes)
+    benchmark = DecodeBenchmark(
+        tuple(batches), flags.context, flags.steps, flags.warmup_steps, 0, flags.routes, flags.cached
+    )
     copy_bytes_per_s = measure_copy(run.group.device)
     rows: list[dict[str, Any]] = []
     for batch in batches:
         row: dict[str, Any] = {
             "kind": "decode",
-            "device": torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU",
+            "device": device_name(run),
         }
         row |= time_batch(run, benchmark, batch, source, copy_bytes_per_s)
         rows.append(row)
@@ -124,7 +143,9 @@ def main() -> None:
                     f"{kernel['us_per_step']:>10.1f} us {kernel['calls_per_step']:>5} x {kernel['kernel']}", flush=True
                 )
             rows += kernels
-    merge(Path(flags.output), describe_machine(run.group) | {"rows": rows})
+    document = describe_machine(run.group)
+    document["commit"] = flags.commit or document["commit"]
+    merge(Path(flags.output), document | {"rows": rows})
     run.close()
 
 

@@ -30,6 +30,8 @@ def _skinny_linear(
     BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -37,7 +39,6 @@ def _skinny_linear(
     tile = tl.load(weight + place, mask=(row < N)[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     for token in tl.static_range(T):
         value = tl.load(x + token * D + column, mask=inside, other=0.0).to(tl.float32)
         total = tl.sum(tile * value[None, :], axis=1)
@@ -46,11 +47,13 @@ def _skinny_linear(
         tl.store(out + token * N + row, total.to(out.dtype.element_ty), mask=row < N)
 
 
-def skinny_linear_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def skinny_linear_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """What `skinny_linear` computes, on a GPU or in the interpreter; the same arguments and results."""
     tokens, width = x.shape
     rows_out = weight.shape[0]
-    out = x.new_empty((tokens, rows_out))
+    out = x.new_empty((tokens, rows_out), dtype=dtype or x.dtype)
     block = triton.next_power_of_2(width)
     rows = 4
     while rows > 1 and (triton.cdiv(rows_out, rows) < ENOUGH_PROGRAMS or rows * block > 16384):

@@ -5,7 +5,8 @@ Shape legend: T tokens, K choices per token, D model width, H query heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import linear, silu
 
 from kernels.combine import combine
 from kernels.grouped_gemm import down, gate_up
+from kernels.norm_linear import norm_linear
 from kernels.permute import Permutation
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_cache import rope_cache
@@ -22,9 +24,10 @@ from kernels.skinny_linear import skinny_linear
 from runtime.load import SlotCounter
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
+from runtime.native.mla import LatentCache, latent_queries
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
 
-# layer, rotated queries [T, H, d] -> [T, H, d]
+# layer, rotated queries [T, H, d] -> values [T, H, …]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 # layer, the router's choice and the pairs of every slot -> what is used instead
 ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
@@ -37,19 +40,31 @@ class Decoder:
     Attributes:
         shape: its parameters.
         weights: in the operators' layout.
-        cache: of keys and values.
-        rotary: float32 ``[positions, 2, d/2]``.
+        cache: of keys and values, or of latent vectors.
+        rotary: float32 ``[positions, 2, r/2]`` for r rotated entries of a head.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
         load: counts the pairs of every slot, where that is wanted.
+        kept_routes: where it is a list, every MoE layer adds the experts of the pass's tokens, int32 ``[T, K]``.
     """
 
     shape: DecoderShape
     weights: DecoderWeights
-    cache: PagedCache
+    cache: PagedCache | LatentCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
     load: SlotCounter | None = None
+    kept_routes: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def keep_routes(self) -> Iterator[list[torch.Tensor]]:
+        """While entered, the list that every MoE layer adds its experts to."""
+        kept: list[torch.Tensor] = []
+        self.kept_routes = kept
+        try:
+            yield kept
+        finally:
+            self.kept_routes = None
 
 
 def run_layers(
@@ -73,56 +88,77 @@ def run_layers(
     Returns:
         Hidden states after the last norm ``[T, D]``.
     """
-    shape, weights, cache = decoder.shape, decoder.weights, decoder.cache
+    shape, weights = decoder.shape, decoder.weights
     layers = weights.layers
     residual, normed = add_rms_norm(weights.embedding[tokens], None, layers[0].input_norm, shape.eps)
     for number, layer in enumerate(layers):
-        qkv = skinny_linear(normed, layer.qkv, layer.qkv_bias)
-        q = rope_cache(
-            qkv,
-            positions,
-            decoder.rotary,
-            cache.keys[number],
-            cache.values[number],
-            slot_index,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=shape.eps,
-        )
+        q = _queries(decoder, number, normed, positions, slot_index)
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
-        residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
-        residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
+        residual, normed = _feed_forward(decoder, number, attended, residual, next_norm)
     if decoder.load is not None:
         decoder.load.end_pass(decoding, slot_index)
     return normed
 
 
+def _queries(
+    decoder: Decoder, number: int, normed: torch.Tensor, positions: torch.Tensor, slot_index: torch.Tensor
+) -> torch.Tensor:
+    """A layer's rotated queries ``[T, H, d]``; what its tokens are attended to by goes into the cache."""
+    shape, layer, cache = decoder.shape, decoder.weights.layers[number], decoder.cache
+    if isinstance(cache, LatentCache):
+        return latent_queries(shape, layer, normed, positions, decoder.rotary, cache.latents[number], slot_index)
+    return rope_cache(
+        skinny_linear(normed, layer.qkv, layer.qkv_bias),
+        positions,
+        decoder.rotary,
+        cache.keys[number],
+        cache.values[number],
+        slot_index,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+        eps=shape.eps,
+    )
+
+
 def _feed_forward(
-    decoder: Decoder, number: int, residual: torch.Tensor, normed: torch.Tensor, next_norm: torch.Tensor
+    decoder: Decoder, number: int, attended: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's experts or MLP, the residual, and the next layer's norm; both ``[T, D]``."""
+    """What follows a layer's attention: the residual and the next layer's norm, both ``[T, D]``."""
     layer, eps = decoder.weights.layers[number], decoder.shape.eps
     if layer.experts is None:
         assert layer.mlp is not None
+        residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, eps)
         return add_rms_norm(gated_mlp(normed, layer.mlp), residual, next_norm, eps)
-    routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
+    experts, dtype = layer.experts, torch.float32 if decoder.shape.routing.float32 else None
+    residual, normed, logits = norm_linear(
+        attended, residual, layer.mlp_norm, eps, experts.router, experts.router_bias, dtype
+    )
+    routes, permutation = choose_experts(decoder.shape, experts, logits)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
     if decoder.load is not None:
         decoder.load.note(routes.slots)
-    pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
+    if decoder.kept_routes is not None:
+        decoder.kept_routes.append(routes.ids)
+    pairs = run_experts(decoder.shape, experts, normed, permutation)
     return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
-def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
-    """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
-    logits = skinny_linear(normed, experts.router, experts.router_bias)
+def choose_experts(shape: DecoderShape, experts: ExpertWeights, logits: torch.Tensor) -> tuple[Routes, Permutation]:
+    """The experts that the router's logits ``[T, E]`` choose, and the pairs of every slot."""
+    routing = shape.routing
     return route_permute(
         logits,
         len(experts.gate_up),
         top_k=shape.top_k,
+        scoring=routing.scoring,
         renormalise=shape.renormalise,
+        scale=routing.scale,
+        bias=experts.correction,
+        num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
+        group_score=routing.group_score,
         slot_of_expert=experts.slot_of_expert,
     )
 

@@ -11,7 +11,9 @@ from itertools import groupby
 import torch
 
 from runtime.native.forward import Decoder, run_layers
+from runtime.native.mla import LatentCache, attend_prompts
 from runtime.native.prefill_attention import prefill_attention
+from runtime.recording import Fed, RouteRecording
 from runtime.step_plan import Admission, Piece
 
 
@@ -34,7 +36,11 @@ def plan_passes(pieces: Sequence[Piece], max_tokens: int) -> list[list[Piece]]:
 
 @torch.inference_mode()
 def prefill(
-    decoder: Decoder, prompts: Mapping[int, Admission], pieces: Sequence[Piece], max_tokens: int
+    decoder: Decoder,
+    prompts: Mapping[int, Admission],
+    pieces: Sequence[Piece],
+    max_tokens: int,
+    recording: RouteRecording | None = None,
 ) -> torch.Tensor:
     """Feed pieces of prompts.
 
@@ -43,6 +49,7 @@ def prefill(
         prompts: by sequence, with their pages.
         pieces: at most one of a sequence.
         max_tokens: fed in one pass.
+        recording: takes the routes of every pass, where they are recorded.
 
     Returns:
         Hidden states of the last tokens of the prompts that end, in the order of their pieces, after the last norm,
@@ -52,8 +59,13 @@ def prefill(
     last = decoder.weights.norm.new_empty((len(ending), decoder.shape.width))
     for together in plan_passes(pieces, max_tokens):
         groups = _group(together)
-        hidden = _run_pass(decoder, prompts, groups)
         ordered = [piece for group in groups for piece in group]
+        if recording is None:
+            hidden = _run_pass(decoder, prompts, groups)
+        else:
+            with decoder.keep_routes() as routes:
+                hidden = _run_pass(decoder, prompts, groups)
+            recording.keep([Fed(p.sequence, p.start, p.stop - p.start) for p in ordered], routes)
         ends = torch.tensor([piece.stop - piece.start for piece in ordered]).cumsum(0) - 1
         done = [i for i, piece in enumerate(ordered) if piece.stop == len(prompts[piece.sequence].tokens)]
         if done:
@@ -84,13 +96,10 @@ def _run_pass(decoder: Decoder, prompts: Mapping[int, Admission], groups: list[l
     new = torch.cat([index[:, group[0].start :].flatten() for index, group in zip(cached, groups, strict=True)])
 
     def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
-        sinks, window = decoder.weights.layers[layer].sinks, decoder.shape.windows[layer]
-        keys, values = decoder.cache.keys[layer].flatten(0, 1), decoder.cache.values[layer].flatten(0, 1)
         sizes = [len(group) * (group[0].stop - group[0].start) for group in groups]
         outputs = []
         for queries, index, group in zip(q.split(sizes), cached, groups, strict=True):
-            queries = queries.unflatten(0, (len(group), -1))
-            attended = prefill_attention(queries, keys[index], values[index], decoder.shape.scale, window, sinks)
+            attended = _attend(decoder, layer, queries.unflatten(0, (len(group), -1)), index)
             outputs.append(attended.flatten(0, 1))
         return torch.cat(outputs)
 
@@ -101,3 +110,12 @@ def _run_pass(decoder: Decoder, prompts: Mapping[int, Admission], groups: list[l
         new,
         attend,
     )
+
+
+def _attend(decoder: Decoder, number: int, q: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A layer's attention from queries ``[N, L, H, d]`` to what is cached at ``index [N, S]``, ``[N, L, H, …]``."""
+    shape, layer, cache = decoder.shape, decoder.weights.layers[number], decoder.cache
+    if isinstance(cache, LatentCache):
+        return attend_prompts(shape, layer, q, cache.latents[number].flatten(0, 1)[index])
+    keys, values = cache.keys[number].flatten(0, 1)[index], cache.values[number].flatten(0, 1)[index]
+    return prefill_attention(q, keys, values, shape.scale, shape.windows[number], layer.sinks)

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from kernels.decode_attention import decode_attention
 from kernels.sample import sample
 from runtime.native.forward import Decoder, run_layers
+from runtime.native.mla import LatentCache, attend_rows
 from runtime.native.rows import Rows
 from runtime.worker_interface import NO_TOKEN
 
@@ -33,6 +34,8 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
     lengths = rows.positions + 1
 
     def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+        if isinstance(cache, LatentCache):
+            return attend_rows(shape, decoder.weights.layers[layer], q, cache.latents[layer], rows.page_table, lengths)
         return decode_attention(
             q,
             cache.keys[layer],
@@ -53,6 +56,28 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
     return logits
 
 
+class EagerStep:
+    """One size of the decode step, run operator by operator.
+
+    Args:
+        decoder: the model.
+        rows: of this size.
+        nucleus: as in `decode_step`.
+
+    Attributes:
+        routes: experts of every MoE layer in the latest step, int32 ``[B, K]``.
+    """
+
+    def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool) -> None:
+        self._decoder, self._rows, self._nucleus = decoder, rows, nucleus
+        self.routes: list[torch.Tensor] = []
+
+    def __call__(self) -> torch.Tensor:
+        """Take the step; logits ``[B, V]``."""
+        with self._decoder.keep_routes() as self.routes:
+            return decode_step(self._decoder, self._rows, self._nucleus)
+
+
 class GraphedStep:
     """One size of the decode step, captured: the same rows and memory at every replay.
 
@@ -61,6 +86,10 @@ class GraphedStep:
         rows: of this size; they must be filled again after capturing, which runs the step.
         nucleus: as in `decode_step`.
         pool: handle of the memory shared by graphs that never run at the same time.
+
+    Attributes:
+        routes: as of `EagerStep`: the graph's own tensors, which every replay fills, so that reading them costs the
+            step nothing.
     """
 
     def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool, pool: Any) -> None:
@@ -70,7 +99,8 @@ class GraphedStep:
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may be copying weights: their calls don't concern this capture.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with decoder.keep_routes() as self.routes, capturing:
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:

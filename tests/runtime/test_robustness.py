@@ -219,6 +219,20 @@ def test_requests_that_come_at_random(http: httpx.Client) -> None:
 
     with ThreadPoolExecutor(len(arrivals)) as pool:
         assert list(pool.map(ask, arrivals)) == [(prompt, wanted) for _, prompt, wanted in arrivals]
+    check_load(http)
+
+
+def check_load(http: httpx.Client) -> None:
+    """What the page shows, right after a burst: every layer has computed the same number of pairs."""
+    load, plan = http.get("/v1/placement/load").json(), http.get("/v1/placement").json()
+    assert [[len(slots) for slots in gpus] for gpus in load["tokens"]] == [[8]] * len(plan["layer_ids"])
+    pairs = {sum(map(sum, gpus)) for gpus in load["tokens"]}
+    assert len(pairs) == 1
+    assert pairs.pop() > 0
+    assert load["balancedness"] == [1.0] * len(plan["layer_ids"])
+    assert all(plan["top_k"] <= active <= plan["num_experts"] for [active] in load["active"])
+    assert load["tokens_per_s"] > 0
+    assert 0 < load["step_ms"]["median"] <= load["step_ms"]["p95"]
 
 
 # --- ends ------------------------------------------------------------------------------------------------------------

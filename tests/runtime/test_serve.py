@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -90,6 +91,7 @@ def test_answers_equal_transformers_and_sigterm_stops(start: Start, expected: Ca
     check_together(client, expected)
     check_chat(client, expected)
     check_seed_and_usage(client)
+    check_sampling(client)
     check_refusals(client)
 
     assert len(server.members()) == 2
@@ -135,6 +137,43 @@ def check_seed_and_usage(client: openai.OpenAI) -> None:
     assert first.choices[0].finish_reason == "length"
     assert first.usage is not None
     assert (first.usage.prompt_tokens, first.usage.completion_tokens, first.usage.total_tokens) == (3, 12, 15)
+
+
+def check_sampling(client: openai.OpenAI) -> None:
+    """Same seed, same text, alone or among others; a bias decides; log-probabilities are the model's own."""
+
+    def sample(seed: int) -> list[tuple[str, list[float]]]:
+        answer = client.completions.create(
+            model="model",
+            prompt="abc",
+            max_tokens=12,
+            seed=seed,
+            n=2,
+            logprobs=2,
+            presence_penalty=0.5,
+            extra_body={"ignore_eos": True, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2},
+        )
+        return [(choice.text, (choice.logprobs and choice.logprobs.token_logprobs) or []) for choice in answer.choices]
+
+    alone = sample(5)
+    assert alone[0][0] != alone[1][0]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(sample, (7, 5, 9, 4)))
+    for (text, logprobs), (same_text, same_logprobs) in zip(alone, together[1], strict=True):
+        assert text == same_text
+        assert logprobs == pytest.approx(same_logprobs, abs=1e-4)
+    assert together[3][1][0] == alone[0][0], "the second choice has the next seed"
+
+    biased: Any = {"prompt": "abc", "max_tokens": 3, "temperature": 0, "logprobs": 20}
+    plain = client.completions.create(model="model", **biased).choices[0].logprobs
+    forced = client.completions.create(model="model", logit_bias={"5": 100}, **biased).choices[0].logprobs
+    assert plain is not None
+    assert forced is not None
+    assert len(set(forced.tokens or [])) == 1
+    # Before anything differs but the bias, the model's own distribution is the same.
+    assert (plain.top_logprobs or [])[0].items() <= (forced.top_logprobs or [])[0].items()
+    first = (forced.token_logprobs or [0.0])[0]
+    assert first < max(plain.token_logprobs or [0.0]), "the bias is not in the log-probabilities"
 
 
 def check_refusals(client: openai.OpenAI) -> None:

@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 PROMPTS = [[5, 6, 7, 8, 9, 40, 41], [100, 11, 12], list(range(20, 61)), [77], [64, 3, 99, 98]]
 ARRIVALS = [0, 0, 0, 3, 5]
-FAMILIES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "gpt_oss", "demo")
+DEEPSEEK = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "gpt_oss", *DEEPSEEK, "demo")
 STEPS = 24
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -63,9 +64,9 @@ def test_bfloat16_with_equal_routes(family: str, saved_model: Callable[[str], st
     path = saved_model(family)
     generator = np.random.default_rng(0)
     tokens = generator.integers(4, 120, (STEPS, len(PROMPTS))).tolist()
-    seen: list[torch.Tensor] = []
+    seen: list[Routes] = []
     reference = rounded(native_model(path))
-    reference.decoder.replace_routes = lambda _, *chosen: (seen.append(chosen[0].ids), chosen)[1]
+    reference.decoder.replace_routes = lambda _, *chosen: (seen.append(chosen[0]), chosen)[1]
     expected = feed(reference, tokens)
 
     tested = native_model(path, device="cuda", dtype=torch.bfloat16)
@@ -73,11 +74,13 @@ def test_bfloat16_with_equal_routes(family: str, saved_model: Callable[[str], st
     experts = [layer.experts for layer in tested.decoder.weights.layers]
 
     def replace(layer: int, routes: Routes, permutation: Permutation) -> tuple[Routes, Permutation]:
-        ids = next(replayed).cuda()
+        ids, _, given = (tensor.cuda() for tensor in next(replayed))
         table = experts[layer]
         assert table is not None
         slots = table.slot_of_expert[ids.long()]
-        return Routes(ids, slots, routes.weights), permute(slots, len(table.gate_up))
+        same = ids[:, :, None] == routes.ids[:, None]
+        weights = (same * routes.weights[:, None]).sum(2).where(same.any(2), given)  # given to what it did not choose
+        return Routes(ids, slots, weights), permute(slots, len(table.gate_up))
 
     tested.decoder.replace_routes = replace
     found, wanted = np.stack(feed(tested, tokens)), np.stack(expected)
@@ -86,7 +89,7 @@ def test_bfloat16_with_equal_routes(family: str, saved_model: Callable[[str], st
     assert error.max() < 4e-2
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2_lite"])
 def test_float32_equals_transformers(family: str, saved_model: Callable[[str], str]) -> None:
     recording = drive(native_model(saved_model(family), device="cuda"), PROMPTS, ARRIVALS, STEPS)
     for number, prompt in enumerate(PROMPTS):
@@ -104,7 +107,7 @@ def narrow_tables() -> Iterator[None]:
     native.LEAST_PAGES = before
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2_lite"])
 @pytest.mark.usefixtures("narrow_tables")
 def test_graphs_give_the_bits_of_eager_steps(family: str, saved_model: Callable[[str], str]) -> None:
     """Whatever joins, leaves, grows out of its page table or is padded."""
