@@ -24,12 +24,11 @@ export function showDetail(placement, copies, loads, [layer, gpu], words) {
 }
 
 function makeSlot() {
-  return make("li", {}, make("span", { className: "expert" }), make("span", { className: "share" }),
-    make("span", { className: "copies" }), make("span", { className: "bar" }));
+  return make("li", {}, make("span"), make("span", { className: "copies" }), make("span"), make("span", { className: "bar" }));
 }
 
 function fill(item, expert, others, share, longest) {
-  const [name, part, held, bar] = item.children;
+  const [name, held, part, bar] = item.children;
   name.textContent = `Expert ${expert}`;
   part.textContent = longest ? percent(share) : "–";
   held.textContent = others.length ? `${others.length + 1} copies, also GPU ${others.join(", ")}` : "1 copy";

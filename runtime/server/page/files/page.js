@@ -78,11 +78,6 @@ async function setMode(mode) {
 for (const radio of document.querySelectorAll("[name=mode]")) {
   radio.addEventListener("change", () => setMode(radio.value));
 }
-byId("clear").addEventListener("click", () => {
-  halt();
-  if (isComparing()) clearComparison();
-  else clearChat();
-});
 byId("key").addEventListener("input", () => setKey(byId("key").value.trim()));
 byId("key").addEventListener("change", () => {
   loadModel();
@@ -91,7 +86,7 @@ byId("key").addEventListener("change", () => {
 byId("whose").addEventListener("change", () => watch(PREFIXES[byId("whose").value]));
 document.addEventListener("visibilitychange", wake);
 DARK.addEventListener("change", redrawMap);
-listen(send);
+listen(send, () => (isComparing() ? clearComparison() : clearChat()));
 whenRefused(askForKey);
 
 clearComparison();

@@ -60,7 +60,7 @@ def test_other_files_are_not_served(site: ScriptedSite, name: str) -> None:
 
 def test_second_server_gets_the_request_and_its_answer_comes_back(site: ScriptedSite, second: ScriptedSite) -> None:
     second.key = "secret"
-    body = {"prompt": "Who?", "stream": True}
+    body = {"model": "team/demo", "prompt": "Who?", "stream": True}
     refused = httpx.post(f"{site.url}/compare/v1/completions", json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     headers = {"Authorization": "Bearer secret", "Cookie": "private=1"}
@@ -90,7 +90,7 @@ def test_stream_arrives_piece_by_piece_and_a_client_that_leaves_ends_it(
 ) -> None:
     gate = threading.Event()
     second.pieces = ["first", gate, "second"]
-    body = {"prompt": "x", "stream": True}
+    body = {"model": "team/demo", "prompt": "x", "stream": True}
     with httpx.stream("POST", f"{site.url}/compare/v1/completions", json=body, timeout=10) as answer:
         assert "first" in next(answer.iter_lines())
         assert not second.left.is_set()
@@ -121,8 +121,8 @@ def test_compare_url(url: str) -> None:
 
 
 NO_SERVERS = (
-    *("", 8001, True, "127.0.0.1:8001", "ftp://a", "file:///etc/passwd", "http://", "http://a:b", "http://a/"),
-    *("http://a/v1", "http://a?x", "http://a#", "http://u:p@a", "http://a\n"),
+    *("", 8001, True, "127.0.0.1:8001", "ftp://a", "file:///etc/passwd", "http://", "http://a:b", "http://a b"),
+    *("http://ä", "http://a/", "http://a/v1", "http://a?x", "http://a#", "http://u:p@a", "http://a\n"),
 )
 
 
