@@ -185,7 +185,8 @@ class NativeModel:
     def compile_steps(self) -> None:
         """Compile the kernels of these steps, whatever numbers the weights have by now."""
         for num_rows in self._sizes():
-            decode_step(self.decoder, Rows.empty(num_rows, self._num_pages(1), self.decoder.rotary.device), False)
+            rows = Rows.empty(num_rows, self._num_pages(1), self.decoder.rotary.device)
+            EagerStep(self.decoder, rows, False)()
 
     def _sizes(self) -> list[int]:
         """Rows of the captured steps, the most first: the smaller ones then fit into their memory."""
