@@ -13,7 +13,7 @@ export function clearChat() {
   log.replaceChildren(opening);
 }
 
-// Asks, and shows the answer as it comes. Resolves to the error that left no answer, or null.
+// Asks, and shows the answer as it comes. A question without any answer leaves no trace.
 export async function ask(server, prompt, settings, signal) {
   opening.remove();
   const question = addTurn("user", "You", prompt);

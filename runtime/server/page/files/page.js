@@ -21,14 +21,15 @@ function isComparing() {
 }
 
 async function send(prompt, settings, signal) {
-  const results = isComparing()
+  const comparing = isComparing();
+  const results = comparing
     ? await askBoth([here, there], prompt, settings, signal, inTurns())
     : [await ask(here, prompt, settings, signal)];
   showModel();
   const errors = results.map((result) => result.error).filter(Boolean);
   if (errors.some((error) => error instanceof ServerError && error.status === 401)) askForKey();
   // Side by side, each answer's place tells its own error.
-  return isComparing() || !errors.length ? "" : explain(errors[0]);
+  return comparing || !errors.length ? "" : explain(errors[0]);
 }
 
 function showModel() {

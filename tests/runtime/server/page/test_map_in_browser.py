@@ -85,7 +85,7 @@ def test_experts_of_a_slot_on_hover_and_on_touch(browser: Chrome, site: Scripted
     ActionChains(browser).move_to_element(cell(browser, 1, 0)).perform()
     wait_for(lambda: text(browser, "#detail-title") == "Layer 4, GPU 0")
     assert shown_slots(browser) == [
-        ["Expert 0", "2 copies, also GPU 1", "10%"],
+        ["Expert 0", "2 copies: GPU 0, 1", "10%"],
         ["Expert 1", "1 copy", "20%"],
         ["Expert 2", "1 copy", "20%"],
     ]
