@@ -53,7 +53,7 @@ def push(peers, gpu, place, columns, inside_W, words_W, epoch):
         words_W: int32.
         epoch: of the exchange, int32.
     """
-    box = tl.load(peers + gpu).to(tl.pointer_type(tl.int64))
+    box = tl.multiple_of(tl.load(peers + gpu).to(tl.pointer_type(tl.int64)), 16)
     messages_W = (words_W.to(tl.int64) & 0xFFFFFFFF) | (epoch.to(tl.int64) << 32)
     tl.store(box + place + columns, messages_W, mask=inside_W)
 

@@ -22,6 +22,7 @@ from tests.support.moe_cases import assert_close, poisoned
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
+GPU_CASES = [(8, 2048, torch.bfloat16), (4, 2880, torch.bfloat16), (1, 64, torch.float32), (2, 2048, torch.float16)]
 Delay = Callable[[], None]
 
 
@@ -182,9 +183,9 @@ def main() -> None:
     def delay() -> None:
         torch.cuda._sleep(chooser.choice((0, 0, 2000, 200_000)))
 
-    for seed in range(60):
-        sizes = order.choice((1, 2, 8, 129, 300)), order.choice((1, 4, 8)), order.choice((64, 2048, 2880))
-        check_rank(mailboxes, world, sizes, order.choice(list(TOLERANCE)), seed, delay)
+    for seed in range(40):
+        top_k, width, dtype = order.choice(GPU_CASES)
+        check_rank(mailboxes, world, (order.choice((1, 2, 8, 129, 300)), top_k, width), dtype, seed, delay)
     replay_together(mailboxes[0], delay)
     torch.cuda.synchronize()
     dist.barrier()
