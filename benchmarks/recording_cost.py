@@ -42,12 +42,14 @@ EXPERTS = ("default", "grouped_mm")
 STANDARD_DEVIATION = 0.02
 
 
-def random_model(shape: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model of that configuration, its weights drawn on the device."""
+def random_model(shape: Path, dtype: torch.dtype, device: torch.device, num_layers: int | None = None) -> Any:
+    """A model of that configuration (or its first layers alone), its weights drawn on the device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(shape)
+    config.num_hidden_layers = num_layers or config.num_hidden_layers
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shape), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device=device)
     torch.manual_seed(0)
     model.init_weights()  # buffers, norms and biases as the family has them

@@ -1,4 +1,4 @@
-"""Command line of the runtime: ``python -m runtime serve|generate|bench``."""
+"""Command line of the runtime: ``python -m runtime serve|generate|bench|calibrate``."""
 
 from __future__ import annotations
 
@@ -90,6 +90,21 @@ def _bench(flags: argparse.Namespace) -> int:
     return bench_decode(flags.plan, EngineSettings.from_config(config), benchmark, flags.output)
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the cluster file to write (YAML)")
+
+
+def _calibrate(flags: argparse.Namespace) -> int:
+    from conf import compose
+    from runtime.calibrate import CalibrationSettings, calibrate
+    from runtime.settings import EngineSettings
+
+    _prepare(flags)
+    config = compose("calibrate", flags.overrides)
+    engine = EngineSettings.from_config({key: value for key, value in config.items() if key != "model"})
+    return calibrate(CalibrationSettings.from_config(config), engine, flags.output)
+
+
 VERBS = (
     Verb(
         "serve",
@@ -111,6 +126,13 @@ VERBS = (
         "python -m runtime bench decode --plan plan.json batch_sizes=[1,8,32] -o decode.json",
         _bench_arguments,
         _bench,
+    ),
+    Verb(
+        "calibrate",
+        "measure this host for a model's shape: the cluster file that placement reads",
+        "python -m runtime calibrate model=Qwen/Qwen3-30B-A3B -o cluster.yaml",
+        _calibrate_arguments,
+        _calibrate,
     ),
 )
 
