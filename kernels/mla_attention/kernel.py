@@ -1,7 +1,8 @@
-"""Triton kernel of latent decode attention: split over the context, one program per sequence and split for all heads.
+"""Triton kernel of latent decode attention: split over the context, one program per sequence, split and 32 heads.
 
 Every tile of the cache is read once and used twice, as keys and as values. The heads stand in the columns of both
-products: the wide tile goes to the matrix units from shared memory, and only the heads' weights through registers.
+products: the wide tile goes to the matrix units from shared memory, and only the heads' weights through registers,
+which hold no more than those of 32 heads.
 
 Shape legend: B sequences, H heads, C latent size, r rotated part, S splits.
 """
@@ -17,7 +18,7 @@ from kernels.decode_attention.splits import MAX_SPLITS, Tiles, choose_splits
 from kernels.errors import OperatorError
 from kernels.launch import overlap
 
-MIN_HEADS = 16  # of a tile that the matrix units take
+MIN_HEADS, MAX_HEADS = 16, 32  # of a program: what the matrix units take, and what registers hold
 
 
 @triton.jit(do_not_specialize=["splits", "table_stride"])
@@ -48,7 +49,8 @@ def _mla_attention(
     OVERLAP: tl.constexpr,
 ):
     split, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    head, column, turned = tl.arange(0, BLOCK_H), tl.arange(0, C), tl.arange(0, ROPE)
+    head = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    column, turned = tl.arange(0, C), tl.arange(0, ROPE)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -119,7 +121,8 @@ def mla_attention_triton(
     peaks, totals = torch.empty((2, batch, splits, num_heads), dtype=torch.float32, device=q_latent.device).unbind(0)
     if batch == 0:
         return out
-    _mla_attention[(splits, batch)](
+    heads = min(MAX_HEADS, max(MIN_HEADS, triton.next_power_of_2(num_heads)))
+    _mla_attention[(splits, batch, triton.cdiv(num_heads, heads))](
         q_latent,
         q_rope,
         cache,
@@ -138,7 +141,7 @@ def mla_attention_triton(
         C=size,
         ROPE=rotated,
         PAGE=page_size,
-        BLOCK_H=max(MIN_HEADS, triton.next_power_of_2(num_heads)),
+        BLOCK_H=heads,
         BLOCK=tiles.block,
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -23,12 +23,12 @@ def mla_cache(
     eps: float,
     *,
     interleaved: bool = True,
-) -> torch.Tensor:
-    """Normalise latent vectors, rotate the shared key, store both, and return the rotated part of the queries.
+) -> None:
+    """Normalise latent vectors, rotate the shared key, store both, and rotate a part of the queries in place.
 
     Args:
-        q_rope: the part of the queries to rotate ``[T, H, r]``, bfloat16, float16 or float32; may be a slice of wider
-            heads, entries contiguous.
+        q_rope: the part of the queries to rotate ``[T, H, r]``, bfloat16, float16 or float32; rotated in place. May be
+            a slice of wider heads, entries contiguous.
         latent: the compressed projection of each token, latent vector, then the key to rotate, ``[T, C + r]``, like
             ``q_rope``; rows contiguous.
         positions: integer ``[T]``, each in [0, S).
@@ -38,12 +38,9 @@ def mla_cache(
         norm: scale of the RMSNorm of the latent vector ``[C]``.
         eps: added to its mean square.
         interleaved: rotate the pairs (2 i, 2 i + 1) rather than (i, i + r / 2).
-
-    Returns:
-        The rotated queries ``[T, H, r]``, contiguous, of the dtype of ``q_rope``.
     """
     if latent.is_cuda:
         from kernels.mla_cache.kernel import mla_cache_triton as implementation
     else:
         implementation = mla_cache_reference
-    return implementation(q_rope, latent, positions, cos_sin, cache, slot_index, norm, eps, interleaved=interleaved)
+    implementation(q_rope, latent, positions, cos_sin, cache, slot_index, norm, eps, interleaved=interleaved)

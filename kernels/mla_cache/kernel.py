@@ -21,7 +21,6 @@ def _mla_cache(
     cache,
     slot_index,
     norm,
-    q_out,
     eps,
     q_token_stride,
     q_head_stride,
@@ -43,7 +42,7 @@ def _mla_cache(
     first = 2 * pair if INTERLEAVED else pair
     second = 2 * pair + 1 if INTERLEAVED else pair + HALF
     scale = tl.load(norm + column, mask=column < C, other=0.0).to(tl.float32)
-    kind = q_out.dtype.element_ty
+    kind = q_rope.dtype.element_ty
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -55,9 +54,8 @@ def _mla_cache(
     source = q_rope + token * q_token_stride + head * q_head_stride
     left = tl.load(source + first[None, :], mask=inside, other=0.0).to(tl.float32)
     right = tl.load(source + second[None, :], mask=inside, other=0.0).to(tl.float32)
-    target = q_out + (token * H + head) * (2 * HALF)
-    tl.store(target + first[None, :], (left * cos[None, :] - right * sin[None, :]).to(kind), mask=inside)
-    tl.store(target + second[None, :], (right * cos[None, :] + left * sin[None, :]).to(kind), mask=inside)
+    tl.store(source + first[None, :], (left * cos[None, :] - right * sin[None, :]).to(kind), mask=inside)
+    tl.store(source + second[None, :], (right * cos[None, :] + left * sin[None, :]).to(kind), mask=inside)
 
     slot = tl.load(slot_index + token)
     if slot >= 0:
@@ -83,10 +81,9 @@ def mla_cache_triton(
     eps: float,
     *,
     interleaved: bool = True,
-) -> torch.Tensor:
+) -> None:
     """What `mla_cache` computes, on a GPU or in the interpreter; the same arguments and results."""
     tokens, num_heads, rotated = q_rope.shape
-    q_out = torch.empty(q_rope.shape, dtype=q_rope.dtype, device=q_rope.device)
     if tokens:
         _mla_cache[(tokens,)](
             q_rope,
@@ -96,7 +93,6 @@ def mla_cache_triton(
             cache,
             slot_index,
             norm,
-            q_out,
             eps,
             *q_rope.stride()[:2],
             latent.stride(0),
@@ -111,4 +107,3 @@ def mla_cache_triton(
             BLOCK_HALF=triton.next_power_of_2(rotated // 2),
             **overlap(latent),
         )
-    return q_out

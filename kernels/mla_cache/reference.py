@@ -19,10 +19,10 @@ def mla_cache_reference(
     eps: float,
     *,
     interleaved: bool = True,
-) -> torch.Tensor:
+) -> None:
     """What `mla_cache` computes, on any device; the same arguments and results."""
     size = norm.shape[0]
     cos, sin = cos_sin[positions.long()].unbind(1)
     key = rotate(latent[:, None, size:].float(), cos, sin, interleaved)[:, 0]
     store(torch.cat((rms_norm(latent[:, :size], norm, eps), key), dim=-1), cache, slot_index)
-    return rotate(q_rope.float(), cos, sin, interleaved).to(q_rope.dtype)
+    q_rope.copy_(rotate(q_rope.float(), cos, sin, interleaved))

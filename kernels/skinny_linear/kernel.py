@@ -46,11 +46,13 @@ def _skinny_linear(
         tl.store(out + token * N + row, total.to(out.dtype.element_ty), mask=row < N)
 
 
-def skinny_linear_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def skinny_linear_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """What `skinny_linear` computes, on a GPU or in the interpreter; the same arguments and results."""
     tokens, width = x.shape
     rows_out = weight.shape[0]
-    out = x.new_empty((tokens, rows_out))
+    out = x.new_empty((tokens, rows_out), dtype=dtype or x.dtype)
     block = triton.next_power_of_2(width)
     rows = 4
     while rows > 1 and (triton.cdiv(rows_out, rows) < ENOUGH_PROGRAMS or rows * block > 16384):

@@ -8,10 +8,12 @@ Shape legend: D model width, F expert width, E logical experts, K choices per to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from runtime.errors import ModelError
+from runtime.native import deepseek
+from runtime.native.deepseek import LatentShape, Routing
 
 HEAD_SIZES = (8, 16, 32, 64, 128, 256)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -30,7 +32,7 @@ class DecoderShape:
         width: D.
         num_heads: query heads.
         num_kv_heads: key and value heads.
-        head_size: d.
+        head_size: d, of a query.
         vocabulary: tokens known to the embedding and the head.
         max_positions: of the rotary embedding.
         eps: of every RMSNorm.
@@ -47,8 +49,11 @@ class DecoderShape:
         qkv_bias: biases of the three attention inputs.
         output_bias: bias of the attention output.
         moe_bias: biases of router and experts.
-        shared_width: of the shared expert, whose output a sigmoid gate weighs; 0 where there is none.
+        shared_width: of the expert that serves every token; 0 where there is none.
+        shared_gate: whether a sigmoid gate weighs its output.
         tied: whether embedding and head are one tensor.
+        latent: latent attention, None where keys and values are cached.
+        routing: of the routers.
     """
 
     family: str
@@ -73,7 +78,10 @@ class DecoderShape:
     output_bias: bool = False
     moe_bias: bool = False
     shared_width: int = 0
+    shared_gate: bool = False
     tied: bool = False
+    latent: LatentShape | None = None
+    routing: Routing = field(default_factory=Routing)
 
     @property
     def num_layers(self) -> int:
@@ -82,18 +90,28 @@ class DecoderShape:
 
     @property
     def qkv_width(self) -> int:
-        """Columns of queries, keys and values together."""
-        return (self.num_heads + 2 * self.num_kv_heads) * self.head_size
+        """Columns of queries and of what keys and values are made of."""
+        return self.num_heads * self.head_size + self.kv_values_per_layer
+
+    @property
+    def kv_values_per_layer(self) -> int:
+        """Numbers cached for one token in one layer."""
+        return 2 * self.num_kv_heads * self.head_size if self.latent is None else self.latent.entry
 
     @property
     def kv_values_per_token(self) -> int:
         """Numbers cached for one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_size
+        return self.num_layers * self.kv_values_per_layer
+
+    @property
+    def rotated(self) -> int:
+        """Entries of a head that the rotary embedding turns."""
+        return self.head_size if self.latent is None else self.latent.rotated
 
     @property
     def scale(self) -> float:
         """Factor of the attention scores."""
-        return float(self.head_size**-0.5)
+        return float(self.head_size**-0.5) if self.latent is None else self.latent.scale
 
 
 def read_shape(config: Any) -> DecoderShape:
@@ -110,7 +128,7 @@ def read_shape(config: Any) -> DecoderShape:
     shape = _READERS[family](config, _common(config))
     rope = config.rope_parameters
     for name, value, fits, expected in (
-        ("head size", shape.head_size, shape.head_size in HEAD_SIZES, f"one of {HEAD_SIZES}"),
+        *(deepseek.limits(config) if shape.latent else [_head_size_limit(shape)]),
         ("rope type", rope["rope_type"], rope["rope_type"] in ROPE_TYPES, f"one of {', '.join(ROPE_TYPES)}"),
         ("partial rotary factor", rope.get("partial_rotary_factor"), rope.get("partial_rotary_factor", 1) == 1, "1"),
         ("hidden_act", config.hidden_act, config.hidden_act == "silu", "silu"),
@@ -119,6 +137,10 @@ def read_shape(config: Any) -> DecoderShape:
         if not fits:
             raise NotNativeError(f"{family} with {name} {value}: the native decoder expects {expected}")
     return shape
+
+
+def _head_size_limit(shape: DecoderShape) -> tuple[str, object, bool, str]:
+    return "head size", shape.head_size, shape.head_size in HEAD_SIZES, f"one of {HEAD_SIZES}"
 
 
 def _common(config: Any) -> DecoderShape:
@@ -166,6 +188,7 @@ def _qwen2_moe(config: Any, shape: DecoderShape) -> DecoderShape:
         windows=tuple(config.sliding_window if sliding else None for sliding in slide),
         qkv_bias=config.qkv_bias,
         shared_width=config.shared_expert_intermediate_size,
+        shared_gate=True,
     )
 
 
@@ -206,10 +229,25 @@ def _gpt_oss(config: Any, shape: DecoderShape) -> DecoderShape:
     )
 
 
+def _deepseek(config: Any, shape: DecoderShape) -> DecoderShape:
+    latent = deepseek.latent_shape(config)
+    return replace(
+        shape,
+        head_size=latent.query,
+        expert_width=config.moe_intermediate_size,
+        moe_layers=tuple(layer >= config.first_k_dense_replace for layer in range(shape.num_layers)),
+        shared_width=config.moe_intermediate_size * (config.n_shared_experts or 0),
+        latent=latent,
+        routing=deepseek.routing(config),
+    )
+
+
 _READERS = {
     "qwen3_moe": _qwen3_moe,
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "olmoe": _olmoe,
     "gpt_oss": _gpt_oss,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
 }

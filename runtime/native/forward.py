@@ -21,9 +21,10 @@ from kernels.route_permute import route_permute
 from kernels.skinny_linear import skinny_linear
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
+from runtime.native.mla import LatentCache, latent_queries
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
 
-# layer, rotated queries [T, H, d] -> [T, H, d]
+# layer, rotated queries [T, H, d] -> values [T, H, …]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 # layer, the router's choice and the pairs of every slot -> what is used instead
 ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
@@ -36,15 +37,15 @@ class Decoder:
     Attributes:
         shape: its parameters.
         weights: in the operators' layout.
-        cache: of keys and values.
-        rotary: float32 ``[positions, 2, d/2]``.
+        cache: of keys and values, or of latent vectors.
+        rotary: float32 ``[positions, 2, r/2]`` for r rotated entries of a head.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
     """
 
     shape: DecoderShape
     weights: DecoderWeights
-    cache: PagedCache
+    cache: PagedCache | LatentCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
 
@@ -64,27 +65,36 @@ def run_layers(
     Returns:
         Hidden states after the last norm ``[T, D]``.
     """
-    shape, weights, cache = decoder.shape, decoder.weights, decoder.cache
+    shape, weights = decoder.shape, decoder.weights
     layers = weights.layers
     residual, normed = add_rms_norm(weights.embedding[tokens], None, layers[0].input_norm, shape.eps)
     for number, layer in enumerate(layers):
-        qkv = skinny_linear(normed, layer.qkv, layer.qkv_bias)
-        q = rope_cache(
-            qkv,
-            positions,
-            decoder.rotary,
-            cache.keys[number],
-            cache.values[number],
-            slot_index,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
-            eps=shape.eps,
-        )
+        q = _queries(decoder, number, normed, positions, slot_index)
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
         residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
         residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
     return normed
+
+
+def _queries(
+    decoder: Decoder, number: int, normed: torch.Tensor, positions: torch.Tensor, slot_index: torch.Tensor
+) -> torch.Tensor:
+    """A layer's rotated queries ``[T, H, d]``; what its tokens are attended to by goes into the cache."""
+    shape, layer, cache = decoder.shape, decoder.weights.layers[number], decoder.cache
+    if isinstance(cache, LatentCache):
+        return latent_queries(shape, layer, normed, positions, decoder.rotary, cache.latents[number], slot_index)
+    return rope_cache(
+        skinny_linear(normed, layer.qkv, layer.qkv_bias),
+        positions,
+        decoder.rotary,
+        cache.keys[number],
+        cache.values[number],
+        slot_index,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+        eps=shape.eps,
+    )
 
 
 def _feed_forward(
@@ -104,12 +114,19 @@ def _feed_forward(
 
 def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
     """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
-    logits = skinny_linear(normed, experts.router, experts.router_bias)
+    routing = shape.routing
+    dtype = torch.float32 if routing.float32 else None
     return route_permute(
-        logits,
+        skinny_linear(normed, experts.router, experts.router_bias, dtype),
         len(experts.gate_up),
         top_k=shape.top_k,
+        scoring=routing.scoring,
         renormalise=shape.renormalise,
+        scale=routing.scale,
+        bias=experts.correction,
+        num_groups=routing.num_groups,
+        top_groups=routing.top_groups,
+        group_score=routing.group_score,
         slot_of_expert=experts.slot_of_expert,
     )
 

@@ -15,6 +15,7 @@ from runtime.native.cache import PAGE_SIZE, PagedCache
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
 from runtime.native.forward import Decoder
+from runtime.native.mla import LatentCache
 from runtime.native.model import NativeModel
 from runtime.native.prefill_attention import EXPANDED
 from runtime.native.rope import rotary_table
@@ -166,7 +167,8 @@ def load_decoder(
         fill_from_checkpoint(model, parts)
     tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
     try:
-        cache = PagedCache(shape, -(-tokens // page_size), page_size, dtype, device)
+        kind = PagedCache if shape.latent is None else LatentCache
+        cache = kind(shape, -(-tokens // page_size), page_size, dtype, device)
     except RuntimeError as error:  # out of memory, or beyond what an address can be
         size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
         raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
@@ -181,11 +183,12 @@ def step_reads(decoder: Decoder) -> StepReads:
     held = sum(_bytes(layer.gate_up, layer.gate_up_bias, layer.down, layer.down_bias) for layer in experts)
     slots = sum(len(layer.gate_up) for layer in experts)
     others = sum(
-        _bytes(layer.qkv, layer.output, *(() if layer.mlp is None else (layer.mlp.gate_up, layer.mlp.down)))
+        _bytes(layer.qkv, layer.q_up, layer.kv_up, layer.output)
+        + (0 if layer.mlp is None else _bytes(layer.mlp.gate_up, layer.mlp.down))
         for layer in weights.layers
     )
     others += _bytes(weights.head, *(layer.router for layer in experts))
-    kv_bytes = 2 * shape.num_kv_heads * shape.head_size * decoder.cache.keys[0].element_size()
+    kv_bytes = shape.kv_values_per_layer * weights.embedding.element_size()
     return StepReads(held // max(1, slots), len(experts), others, kv_bytes, shape.windows)
 
 

@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 
 from runtime.native.forward import Decoder, run_layers
+from runtime.native.mla import LatentCache, attend_prompts
 from runtime.native.prefill_attention import prefill_attention
 
 
@@ -94,13 +95,10 @@ def _run_pass(decoder: Decoder, prompts: Sequence[Prompt], groups: list[list[Pie
     new = torch.cat([index[:, group[0].start :].flatten() for index, group in zip(cached, groups, strict=True)])
 
     def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
-        sinks, window = decoder.weights.layers[layer].sinks, decoder.shape.windows[layer]
-        keys, values = decoder.cache.keys[layer].flatten(0, 1), decoder.cache.values[layer].flatten(0, 1)
         sizes = [len(group) * (group[0].stop - group[0].start) for group in groups]
         outputs = []
         for queries, index, group in zip(q.split(sizes), cached, groups, strict=True):
-            queries = queries.unflatten(0, (len(group), -1))
-            attended = prefill_attention(queries, keys[index], values[index], decoder.shape.scale, window, sinks)
+            attended = _attend(decoder, layer, queries.unflatten(0, (len(group), -1)), index)
             outputs.append(attended.flatten(0, 1))
         return torch.cat(outputs)
 
@@ -111,3 +109,12 @@ def _run_pass(decoder: Decoder, prompts: Sequence[Prompt], groups: list[list[Pie
         new,
         attend,
     )
+
+
+def _attend(decoder: Decoder, number: int, q: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """A layer's attention from queries ``[N, L, H, d]`` to what is cached at ``index [N, S]``, ``[N, L, H, …]``."""
+    shape, layer, cache = decoder.shape, decoder.weights.layers[number], decoder.cache
+    if isinstance(cache, LatentCache):
+        return attend_prompts(shape, layer, q, cache.latents[number].flatten(0, 1)[index])
+    keys, values = cache.keys[number].flatten(0, 1)[index], cache.values[number].flatten(0, 1)[index]
+    return prefill_attention(q, keys, values, shape.scale, shape.windows[number], layer.sinks)

@@ -1,7 +1,7 @@
 """Attention of prompt tokens over their own and all earlier keys in the paged cache, sequence by sequence.
 
 Shape legend: N sequences, L new tokens of each, S tokens of each in the cache after them, H query heads, G kv heads,
-d head size.
+d head size, v size of a value.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def prefill_attention(
     Args:
         q: queries ``[N, L, H, d]``.
         k: keys ``[N, S, G, d]``.
-        v: values ``[N, S, G, d]``.
+        v: values ``[N, S, G, v]``.
         scale: factor of the scores.
         window: attend to the last so many tokens alone, the query's own included; None to all.
         sinks: a score per head that takes part in the softmax without a value, ``[H]``; None for none.
 
     Returns:
-        ``[N, L, H, d]``.
+        ``[N, L, H, v]``.
     """
     group = q.shape[2] // k.shape[2]
     at_once = max(1, EXPANDED // (k[:, :, 0].numel() * group))  # kv heads
@@ -45,7 +45,7 @@ def _attend(
 ) -> torch.Tensor:
     """`prefill_attention` of some heads at once."""
     group = q.shape[2] // k.shape[2]
-    head_size, new, total = q.shape[3], q.shape[1], k.shape[1]
+    value_size, new, total = v.shape[3], q.shape[1], k.shape[1]
     queries = q.transpose(1, 2)
     keys, values = (tensor.transpose(1, 2).repeat_interleave(group, dim=1) for tensor in (k, v))
     if sinks is not None:
@@ -62,7 +62,7 @@ def _attend(
             visible, seen = pad(visible, (1, 0), value=True), seen + 1
         block = queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen]
         blocks.append(scaled_dot_product_attention(*block, attn_mask=visible, scale=scale))
-    return torch.cat(blocks, dim=2)[..., :head_size].transpose(1, 2)
+    return torch.cat(blocks, dim=2)[..., :value_size].transpose(1, 2)
 
 
 def visible_tokens(first: int, queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:

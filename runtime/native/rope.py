@@ -19,13 +19,13 @@ def rotary_table(config: Any, shape: DecoderShape, num_positions: int, device: t
         device: of the table.
 
     Returns:
-        float32 ``[S, 2, d/2]``, multiplied by the scaling's attention factor.
+        float32 ``[S, 2, r/2]`` for r rotated entries of a head, multiplied by the scaling's attention factor.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
-        exponents = torch.arange(0, shape.head_size, 2, dtype=torch.float32) / shape.head_size
+        exponents = torch.arange(0, shape.rotated, 2, dtype=torch.float32) / shape.rotated
         frequencies, factor = 1.0 / (rope["rope_theta"] ** exponents), 1.0
     else:
         frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from kernels.decode_attention import decode_attention
 from kernels.sample import sample
 from runtime.native.forward import Decoder, run_layers
+from runtime.native.mla import LatentCache, attend_rows
 from runtime.native.rows import Rows
 from runtime.worker_interface import NO_TOKEN
 
@@ -33,6 +34,8 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
     lengths = rows.positions + 1
 
     def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+        if isinstance(cache, LatentCache):
+            return attend_rows(shape, decoder.weights.layers[layer], q, cache.latents[layer], rows.page_table, lengths)
         return decode_attention(
             q,
             cache.keys[layer],

@@ -1,7 +1,8 @@
 """The decoder's weights in the layout its operators read, and which checkpoint tensor fills which part of them.
 
 Shape legend: D model width, H query heads, G kv heads, d head size, E logical experts, P local slots, F expert width,
-I width of a dense or shared MLP, V vocabulary.
+I width of a dense or shared MLP, V vocabulary; of latent attention C latent size, r rotated and n plain entries of a
+head's query, v of its value.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ class LayerWeights:
 
     Attributes:
         input_norm: ``[D]``.
-        qkv: queries, keys and values, ``[(H+2G)·d, D]``.
+        qkv: queries, keys and values, ``[(H+2G)·d, D]``; of latent attention the queries or what ``q_up`` takes, the
+            latent vector, and the key to rotate, ``[… + C + r, D]``.
         qkv_bias: ``[(H+2G)·d]``, or None.
-        q_norm: ``[d]`` or, over the whole projection, ``[H·d]``; or None.
-        k_norm: ``[d]`` or ``[G·d]``; or None.
+        q_norm: ``[d]`` or, over the whole projection, ``[H·d]``, or of the queries' latent vector; or None.
+        k_norm: ``[d]`` or ``[G·d]``, or of the latent vector ``[C]``; or None.
+        q_up: queries of their latent vector, ``[H·d, …]``; or None.
+        kv_up: of latent attention every head's plain key and value, ``[H, n+v, C]``; or None.
         sinks: one logit per head, float32 ``[H]``; or None.
-        output: ``[D, H·d]``.
+        output: ``[D, H·d]``, of latent attention ``[D, H·v]``.
         output_bias: ``[D]``, or None.
         mlp_norm: ``[D]``.
         experts: the routed experts, None in a dense layer.
@@ -40,6 +44,8 @@ class LayerWeights:
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+    q_up: torch.Tensor | None
+    kv_up: torch.Tensor | None
     sinks: torch.Tensor | None
     output: torch.Tensor
     output_bias: torch.Tensor | None
@@ -56,6 +62,7 @@ class ExpertWeights:
     Attributes:
         router: ``[E, D]``.
         router_bias: ``[E]``, or None.
+        correction: of the scores where experts are chosen, float32 ``[E]``; or None.
         gate_up: gate rows first, ``[P, 2F, D]``.
         gate_up_bias: ``[P, 2F]``, or None.
         down: ``[P, D, F]``.
@@ -65,6 +72,7 @@ class ExpertWeights:
 
     router: torch.Tensor
     router_bias: torch.Tensor | None
+    correction: torch.Tensor | None
     gate_up: torch.Tensor
     gate_up_bias: torch.Tensor | None
     down: torch.Tensor
@@ -127,7 +135,7 @@ def allocate(
     Args:
         shape: of the decoder.
         slots: for every MoE layer the logical ids this rank holds, in slot order.
-        dtype: of the weights; sinks are float32.
+        dtype: of the weights; sinks and corrections are float32.
         device: of the weights.
 
     Returns:
@@ -167,31 +175,68 @@ class _Room:
 def _allocate_layer(room: _Room, shape: DecoderShape, layer: int, slots: Slots) -> LayerWeights:
     prefix = f"model.layers.{layer}"
     attention, width = f"{prefix}.self_attn", shape.width
-    queries, keys = shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size
-    inputs = [f"{attention}.{name}_proj" for name in "qkv"]
-    rows = [queries, keys, keys]
-    norms = {"none": None, "head": (shape.head_size,) * 2, "projection": (queries, keys)}[shape.qk_norm]
+    inputs, (q_norm, k_norm) = _attention_inputs(shape), _attention_norms(shape)
+    names, rows = [f"{attention}.{name}" for name in inputs], list(inputs.values())
+    q_up, kv_up = _allocate_ups(room, shape, attention)
+    value_size = shape.head_size if shape.latent is None else shape.latent.value_size
     routed = shape.moe_layers[layer]
     block = f"{prefix}.mlp"
     mlp = None
     if not routed:
         mlp = _allocate_mlp(room, block, shape.dense_width, width)
     elif shape.shared_width:
-        mlp = _allocate_mlp(room, f"{block}.shared_expert", shape.shared_width, width)
+        name = "shared_expert" if shape.shared_gate else "shared_experts"
+        mlp = _allocate_mlp(room, f"{block}.{name}", shape.shared_width, width)
+    gated = routed and shape.shared_gate
     return LayerWeights(
         input_norm=room.take(f"{prefix}.input_layernorm.weight", width),
-        qkv=room.join([f"{name}.weight" for name in inputs], rows, width),
-        qkv_bias=room.join([f"{name}.bias" for name in inputs], rows) if shape.qkv_bias else None,
-        q_norm=room.take(f"{attention}.q_norm.weight", norms[0]) if norms else None,
-        k_norm=room.take(f"{attention}.k_norm.weight", norms[1]) if norms else None,
+        qkv=room.join([f"{name}.weight" for name in names], rows, width),
+        qkv_bias=room.join([f"{name}.bias" for name in names], rows) if shape.qkv_bias else None,
+        q_norm=room.take(f"{attention}.{q_norm[0]}.weight", q_norm[1]) if q_norm else None,
+        k_norm=room.take(f"{attention}.{k_norm[0]}.weight", k_norm[1]) if k_norm else None,
+        q_up=q_up,
+        kv_up=kv_up,
         sinks=room.take(f"{attention}.sinks", shape.num_heads, dtype=torch.float32) if shape.sinks else None,
-        output=room.take(f"{attention}.o_proj.weight", width, queries),
+        output=room.take(f"{attention}.o_proj.weight", width, shape.num_heads * value_size),
         output_bias=room.take(f"{attention}.o_proj.bias", width) if shape.output_bias else None,
         mlp_norm=room.take(f"{prefix}.post_attention_layernorm.weight", width),
         experts=_allocate_experts(room, shape, prefix, slots[layer]) if routed else None,
         mlp=mlp,
-        shared_gate=room.take(f"{block}.shared_expert_gate.weight", 1, width) if routed and mlp is not None else None,
+        shared_gate=room.take(f"{block}.shared_expert_gate.weight", 1, width) if gated else None,
     )
+
+
+def _attention_inputs(shape: DecoderShape) -> dict[str, int]:
+    """The checkpoint's projections of hidden states, in the order of `LayerWeights.qkv`, and the rows of each."""
+    queries, latent = shape.num_heads * shape.head_size, shape.latent
+    if latent is None:
+        keys = shape.num_kv_heads * shape.head_size
+        return {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    first = {"q_proj": queries} if latent.query_size is None else {"q_a_proj": latent.query_size}
+    return first | {"kv_a_proj_with_mqa": latent.entry}
+
+
+def _attention_norms(shape: DecoderShape) -> tuple[tuple[str, int] | None, tuple[str, int] | None]:
+    """Name and size of the queries' and the keys' norm."""
+    if shape.latent is not None:
+        of_queries = shape.latent.query_size
+        return ("q_a_layernorm", of_queries) if of_queries else None, ("kv_a_layernorm", shape.latent.size)
+    if shape.qk_norm == "none":
+        return None, None
+    heads = (1, 1) if shape.qk_norm == "head" else (shape.num_heads, shape.num_kv_heads)
+    return ("q_norm", heads[0] * shape.head_size), ("k_norm", heads[1] * shape.head_size)
+
+
+def _allocate_ups(room: _Room, shape: DecoderShape, attention: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The projections of latent vectors to queries, and to every head's key and value."""
+    latent, heads = shape.latent, shape.num_heads
+    if latent is None:
+        return None, None
+    q_up = None
+    if latent.query_size is not None:
+        q_up = room.take(f"{attention}.q_b_proj.weight", heads * latent.query, latent.query_size)
+    kv_up = room.take(f"{attention}.kv_b_proj.weight", heads * (latent.plain + latent.value_size), latent.size)
+    return q_up, kv_up.unflatten(0, (heads, -1))
 
 
 def _allocate_mlp(room: _Room, prefix: str, inner: int, width: int) -> MlpWeights:
@@ -223,6 +268,9 @@ def _allocate_experts(room: _Room, shape: DecoderShape, prefix: str, held: Seque
     return ExpertWeights(
         router=room.take(f"{router}.weight", shape.num_experts, width),
         router_bias=room.take(f"{router}.bias", shape.num_experts) if shape.moe_bias else None,
+        correction=room.take(f"{router}.e_score_correction_bias", shape.num_experts, dtype=torch.float32)
+        if shape.routing.corrected
+        else None,
         gate_up=gate_up,
         gate_up_bias=gate_up_bias,
         down=down,

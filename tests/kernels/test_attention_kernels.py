@@ -48,6 +48,7 @@ def test_attention_in_interpreter() -> None:
         check_decode_attention("cpu", torch.float32, [], (4, 2, 16), 16)
         check_mla("cpu", torch.float32, [70, 0, 1, 64], (3, 32, 16), 16, tiles=many)
         check_mla("cpu", torch.float16, [70, 33], (20, 64, 16), 32)
+        check_mla("cpu", torch.float32, [40, 3], (40, 16, 16), 16)
         check_mla("cpu", torch.float32, [], (3, 32, 16), 16)
         """
     )
@@ -111,13 +112,14 @@ def test_attention_compiles_for_hopper() -> None:
                 assert built.metadata.shared <= 227 * 1024
                 assert kernel is add_splits or dtype == "*fp32" or "mma" in built.asm["ptx"]
         types |= {n: "i32" for k in (_mla_attention, _mla_cache) for n in k.arg_names if n.endswith("_stride")}
-        types |= dict.fromkeys(("q_latent", "q_rope", "cache", "latent", "norm", "q_out"), "*bf16") | {"eps": "fp32"}
+        types |= dict.fromkeys(("q_latent", "q_rope", "cache", "latent", "norm"), "*bf16") | {"eps": "fp32"}
         types |= {"positions": "*i32", "slot_index": "*i64", "cos_sin": "*fp32"}
         latent = {"H": 16, "C": 512, "ROPE": 64, "BLOCK_H": 16, "BLOCK": 64, "PAGE": 64, "OVERLAP": True}
         latent |= {"HALF": 32, "INTERLEAVED": True, "BLOCK_C": 512, "BLOCK_HALF": 32}
-        for kernel in (_mla_attention, _mla_cache):
+        many_heads = latent | {"H": 128, "BLOCK_H": 32}
+        for kernel, constants in ((_mla_attention, latent), (_mla_attention, many_heads), (_mla_cache, latent)):
             signature = {n: types[n] for n in kernel.arg_names if n in types}
-            mine = {n: v for n, v in latent.items() if n in kernel.arg_names}
+            mine = {n: v for n, v in constants.items() if n in kernel.arg_names}
             built = compile_for_sm90(kernel, signature, mine, num_warps=4, num_stages=2)
             assert built.metadata.shared <= 227 * 1024
             assert kernel is _mla_cache or "wgmma" in built.asm["ptx"]
@@ -143,6 +145,7 @@ def test_on_gpu(dtype: torch.dtype) -> None:
         cases.check_decode_attention("cuda", dtype, lengths[:1], (32, 8, 128), page_size, extra_pages=200)
         cases.check_decode_attention("cuda", dtype, lengths, (64, 8, 64), page_size, window=128, sinks=True)
         cases.check_mla("cuda", dtype, lengths, (16, 512, 64), page_size)
+        cases.check_mla("cuda", dtype, lengths[:3], (128, 512, 64), page_size)
     cases.check_decode_attention("cuda", dtype, [20_000], (6, 2, 80), 16, sinks=True, extra_pages=500)
 
 

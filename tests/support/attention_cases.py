@@ -129,16 +129,12 @@ def check_mla(
     slots[1::2] = -1
     for interleaved in (True, False):
         caches = [torch.full((batch, 4, *latent.shape[1:]), torch.nan, dtype=dtype, device=device) for _ in range(2)]
-        rest = (slots, norm, 1e-6)
-        with poisoned():
-            turned = mla_cache_triton(
-                q[..., latent_size:], latent, positions, cos_sin, caches[0], *rest, interleaved=interleaved
-            )
-        wanted = mla_cache_reference(
-            q[..., latent_size:], latent, positions, cos_sin, caches[1], *rest, interleaved=interleaved
-        )
-        assert_near(turned, wanted)
-        assert_near(caches[0], caches[1])
+        queries = [q.clone(), q.clone()]  # whose last r entries are rotated in place
+        for op, own, stored in zip((mla_cache_triton, mla_cache_reference), queries, caches, strict=True):
+            turned = own[..., latent_size:]
+            op(turned, latent, positions, cos_sin, stored, slots, norm, 1e-6, interleaved=interleaved)
+        assert_near(*queries)
+        assert_near(*caches)
 
 
 def check_sample(device: str, dtype: torch.dtype, batch: int, vocabulary: int, top_p: bool = True) -> None:

@@ -28,7 +28,7 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-_MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+_MLA = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 16, "v_head_dim": 8}
 _MLA |= {"num_key_value_heads": 4}
 _GROUPED = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "n_shared_experts": 1, "moe_intermediate_size": 24}
 _LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -41,7 +41,30 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 8, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 24, "head_dim": 8, "norm_topk_prob": True},
     "olmoe": {"num_experts": 8},
-    "deepseek_v2": {**_MLA, **_GROUPED, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
+    "deepseek_v2": {
+        **_MLA,
+        **_GROUPED,
+        "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy",
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v2_lite": {
+        **_MLA,
+        **_GROUPED,
+        "model_type": "deepseek_v2",
+        "q_lora_rank": None,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "topk_method": "greedy",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.5,
+        },
+    },
     "deepseek_v3": {**_MLA, **_GROUPED, "first_k_dense_replace": 1, "norm_topk_prob": True},
     "gpt_oss": {"num_local_experts": 8, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 2},
     "phimoe": {"num_local_experts": 8},
@@ -108,7 +131,9 @@ def tiny_config(family: str) -> Any:
         aliases = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
         unknown = ("intermediate_size", "num_key_value_heads", "num_experts_per_tok")
         settings = {key: value for key, value in settings.items() if key not in (*aliases, *unknown)}
-    return AutoConfig.for_model(model_type, **{key: value for key, value in settings.items() if value is not None})
+    unset = {"q_lora_rank"}  # where None says something; elsewhere it takes a shared setting back
+    kept = {key: value for key, value in settings.items() if value is not None or key in unset}
+    return AutoConfig.for_model(model_type, **kept)
 
 
 def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:

@@ -19,7 +19,8 @@ from tests.support.reference import greedy
 
 NEW_TOKENS = 64
 TOLERANCE = 1e-4
-FAMILIES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "gpt_oss", "demo")
+DEEPSEEK = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "gpt_oss", *DEEPSEEK, "demo")
 GENERATOR = random.Random(0)
 # Within a page, at its end, at its beginning, over several, and in several pieces of a prefill (24 tokens, page 16).
 PROMPTS = [[GENERATOR.randrange(4, 120) for _ in range(length)] for length in (5, 16, 17, 1, 130, 30)]
@@ -77,7 +78,7 @@ OPERATIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2_lite"])
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(operations=OPERATIONS)
 def test_any_order_of_joining_and_leaving(

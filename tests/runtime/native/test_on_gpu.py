@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 PROMPTS = [[5, 6, 7, 8, 9, 40, 41], [100, 11, 12], list(range(20, 61)), [77], [64, 3, 99, 98]]
 ARRIVALS = [0, 0, 0, 3, 5]
-FAMILIES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "gpt_oss", "demo")
+DEEPSEEK = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "gpt_oss", *DEEPSEEK, "demo")
 STEPS = 24
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -87,7 +88,7 @@ def test_bfloat16_with_equal_routes(family: str, saved_model: Callable[[str], st
     assert error.max() < 4e-2
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2_lite"])
 def test_float32_equals_transformers(family: str, saved_model: Callable[[str], str]) -> None:
     recording = drive(native_model(saved_model(family), device="cuda"), PROMPTS, ARRIVALS, STEPS)
     for number, prompt in enumerate(PROMPTS):
@@ -105,7 +106,7 @@ def narrow_tables() -> Iterator[None]:
     native.LEAST_PAGES = before
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2_lite"])
 @pytest.mark.usefixtures("narrow_tables")
 def test_graphs_give_the_bits_of_eager_steps(family: str, saved_model: Callable[[str], str]) -> None:
     """Whatever joins, leaves, grows out of its page table or is padded."""
