@@ -29,6 +29,7 @@ from placement.plan import Dispatch, PlacementPlan, Workload
 from runtime.bench import DecodeBenchmark, describe_machine, describe_run, time_batch
 from runtime.context import Routes
 from runtime.distributed import RankAddress
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.start import Run, join_group, load_worker
 from runtime.step_plan import Admission, StepPlan
@@ -86,8 +87,9 @@ class Recorder:
                 for share in range(shares):
                     self.prefix = f"{shares}.{share}"
                     numbers = range(share, PROMPTS, shares)
+                    first = StepPlan.prefill(admissions(self.run, numbers, 1))
                     for self.step in range(DECODE_STEPS):
-                        worker.execute(StepPlan(admit=admissions(self.run, numbers, 1) if self.step == 0 else []))
+                        worker.execute(first if self.step == 0 else StepPlan())
                     worker.execute(StepPlan(retire=list(numbers)))
         worker.context.on_routes = None
         return self.tensors
@@ -125,10 +127,10 @@ class Agreement:
         """Largest relative error of the logits, differing pairs and all pairs, over all ranks."""
         worker = universal_worker(self.run)
         worker.context.forced_routes = self._routes
+        first = StepPlan.prefill(admissions(self.run, range(PROMPTS), self.shares))
         with mock.patch.object(worker, "_sample", functools.partial(self._logits, worker._sample)):
             for self.step in range(DECODE_STEPS):
-                admit = admissions(self.run, range(PROMPTS), self.shares) if self.step == 0 else []
-                worker.execute(StepPlan(admit=admit))
+                worker.execute(first if self.step == 0 else StepPlan())
                 for share in range(self.shares):
                     tokens = self.reference[f"tokens.{self.shares}.{share}.{self.step}"].tolist()
                     worker.last_token.update(zip(range(share, PROMPTS, self.shares), tokens, strict=True))
@@ -166,7 +168,8 @@ def admissions(run: Run, numbers: Iterable[int], homes: int) -> list[Admission]:
     """The fixed prompts with these numbers, greedy, dealt to so many ranks."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(run.worker.facts.vocabulary, (PROMPTS, PROMPT_TOKENS), generator=generator).tolist()
-    return [Admission(number, prompts[number], number % homes, 0.0, 1.0, 0) for number in numbers]
+    greedy = SamplingParameters(temperature=0, seed=0)
+    return [Admission(number, prompts[number], number % homes, greedy) for number in numbers]
 
 
 def measure(run: Run, reference: dict[str, torch.Tensor], benchmark: DecodeBenchmark) -> list[dict[str, Any]]:

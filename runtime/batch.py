@@ -9,11 +9,13 @@ Shape legend: B sequences, S cached positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
+
+from runtime.step_plan import Admission, Piece
 
 
 class SequenceBatch:
@@ -56,6 +58,22 @@ def _join(first: torch.Tensor, first_padding: int, second: torch.Tensor, second_
     return torch.cat([pad(first, (0, 0, first_padding, 0)), pad(second, (0, 0, second_padding, 0))])
 
 
+def plan_passes(pieces: Sequence[Piece], prompts: Mapping[int, Admission]) -> list[list[Piece]]:
+    """Which pieces are fed together: whole prompts, as far as padding at most doubles the work; others one by one."""
+    passes: list[list[Piece]] = []
+    together: list[int] = []  # lengths of the last pass's prompts, if they are whole
+    for piece in pieces:
+        length = piece.stop if piece.start == 0 and piece.stop == len(prompts[piece.sequence].tokens) else None
+        longest = max([*together, length or 0])
+        if length is not None and together and longest * (len(together) + 1) <= 2 * (sum(together) + length):
+            passes[-1].append(piece)
+            together.append(length)
+        else:
+            passes.append([piece])
+            together = [] if length is None else [length]
+    return passes
+
+
 def is_mergeable(cache: Any) -> bool:
     """Whether every layer is a plain, full-length attention cache."""
     from transformers.cache_utils import DynamicLayer
@@ -93,6 +111,11 @@ class CausalModel:
         tokens = torch.tensor([[0] * (length - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         return SequenceBatch(sequences, mask, DynamicCache() if self.can_merge else None), tokens
+
+    def go_on(self, batch: SequenceBatch, tokens: Sequence[int]) -> torch.Tensor:
+        """Append a prompt's next tokens to its batch of one sequence; the ids ``[1, new]`` to `run` it with."""
+        batch.mask = pad(batch.mask, (0, len(tokens)), value=1)
+        return torch.tensor([tokens], device=batch.mask.device)
 
     def prefill(self, sequences: list[int], prompts: Sequence[Sequence[int]]) -> tuple[SequenceBatch, torch.Tensor]:
         """Run prompts together.

@@ -18,11 +18,14 @@ from profiler.errors import InputError
 from profiler.trace_header import require_output
 from runtime.distributed import RankGroup
 from runtime.replay import RouteSource, active_experts, route_source
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, start_run
 from runtime.step_plan import Admission, StepPlan
+from runtime.worker_interface import ModelFacts
 
 COPY_BYTES = 1 << 28  # several times what a GPU's cache holds
+PREFILL_TOKENS = 8192  # fed in one step
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,8 @@ def time_batch(
     times = []
     for step in range(benchmark.warmup_steps + benchmark.steps):
         start_s = time.perf_counter()
-        run.group.broadcast_json(StepPlan().to_json())  # as the engine does
+        if run.group.world_size > 1:
+            run.group.broadcast_json(StepPlan().to_json())  # as the engine does
         worker.execute(StepPlan())
         if step >= benchmark.warmup_steps:
             times.append(time.perf_counter() - start_s)
@@ -122,19 +126,40 @@ def time_batch(
 
 
 def start_sequences(run: Run, benchmark: DecodeBenchmark, batch: int) -> None:
-    """Prefill random prompts, numbered from 0, dealt to the ranks that hold sequences of their own."""
+    """Prefill random prompts, numbered from 0, dealt to the ranks that hold sequences of their own.
+
+    Raises:
+        InputError: the cache is too small for them.
+    """
     worker = run.worker
     generator = torch.Generator().manual_seed(benchmark.seed + batch)
     length = benchmark.context - benchmark.warmup_steps
     prompts = torch.randint(worker.facts.vocabulary, (batch, length), generator=generator).tolist()
     new_tokens = benchmark.warmup_steps + benchmark.steps + 1
+    greedy = SamplingParameters(temperature=0, seed=0, max_tokens=new_tokens)
     homes = num_homes(run)
+    pages = _deal_pages(worker.facts, length + new_tokens, -(-batch // homes))
     admissions = [
-        Admission(number, prompt, number % homes, 0.0, 1.0, 0, new_tokens) for number, prompt in enumerate(prompts)
+        Admission(number, prompt, number % homes, greedy, pages=pages[number // homes])
+        for number, prompt in enumerate(prompts)
     ]
-    together = max(1, 8192 // length) if worker.model.can_merge else batch
+    together = max(1, PREFILL_TOKENS // length) if worker.model.can_merge else batch
     for start in range(0, batch, together):
-        worker.execute(StepPlan(admit=admissions[start : start + together]))
+        worker.execute(StepPlan.prefill(admissions[start : start + together]))
+
+
+def _deal_pages(facts: ModelFacts, tokens: int, sequences: int) -> list[list[int]]:
+    """Pages for so many sequences of one rank, each with room for so many tokens."""
+    if facts.cache is None:
+        return [[]] * sequences
+    each = -(-tokens // facts.cache.page_size)
+    if tokens > facts.max_context or each * sequences > facts.cache.num_pages:
+        room = facts.cache.num_pages * facts.cache.page_size
+        raise InputError(
+            f"{sequences} sequences of up to {tokens} tokens: expected at most {facts.max_context} tokens each, and "
+            f"{room} in the cache; ask for fewer or shorter ones, or raise cache_tokens"
+        )
+    return [list(range(each * number, each * (number + 1))) for number in range(sequences)]
 
 
 def num_homes(run: Run) -> int:

@@ -1,7 +1,8 @@
-"""The engine on rank 0: takes requests, plans the steps of all ranks, hands out tokens.
+"""The engine on rank 0: takes requests, has their steps planned and executed, hands out tokens.
 
-One thread runs `schedule → execute → hand out` until it is told to stop or fails; everything else talks to it through
-`submit` and `cancel`, from any thread.
+One thread runs `plan → execute → hand out` until it is told to stop or fails; everything else talks to it through
+`submit` and `cancel`, from any thread. Where the worker's device works by itself, the next step is under way before the
+tokens of the last one are handed out; and while the same sequences go on, before they are even known.
 """
 
 from __future__ import annotations
@@ -10,31 +11,26 @@ import itertools
 import logging
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiler.errors import InputError
-from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
+from runtime.requests import EngineError, EngineStatus, QueueFull, SamplingParameters, StepTime, TokenEvent
+from runtime.scheduler import Scheduler
 from runtime.settings import EngineSettings
-from runtime.step_plan import Admission, StepPlan
-from runtime.worker_interface import NO_TOKEN, Worker
+from runtime.step_plan import StepPlan
+from runtime.waiting import Request
+from runtime.worker_interface import NO_TOKEN, Tokens, Worker
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0  # an idle engine still sends empty plans, so that waiting ranks don't run into their timeout
 CAUSE_S = 1.0  # how long a failed step waits for its cause to be found
-
-
-@dataclass
-class _Request:
-    number: int
-    prompt: list[int]
-    sampling: SamplingParameters
-    on_event: Callable[[TokenEvent], None]
-    generated: int = 0
-    home: int = 0
-    cancelled: bool = False
+STEP_TIMES = 64  # remembered
+ADMISSIONS = 32  # whose pace says when a full queue has room again
+LONGEST_RETRY_S = 60.0
 
 
 class Engine:
@@ -42,7 +38,7 @@ class Engine:
 
     Args:
         worker: rank 0's worker; the other ranks run `Worker.serve`.
-        settings: limits of a batch.
+        settings: limits of a step.
         eos_token_ids: tokens that end a sequence.
         max_context: the most tokens of one sequence, prompt and generated.
     """
@@ -54,9 +50,14 @@ class Engine:
         self._worker, self._settings = worker, settings
         self._eos = frozenset(eos_token_ids)
         self._numbers = itertools.count()
-        self._waiting: deque[_Request] = deque()
-        self._running: dict[int, _Request] = {}
-        self._retire: list[int] = []
+        self._scheduler = Scheduler(worker, settings)
+        self._open: dict[int, Request] = {}
+        self._cancelled: list[Request] = []
+        self._events: list[tuple[Request, TokenEvent]] = []  # to be handed out
+        self._generated = 0
+        self._decode_steps = 0
+        self._step_times: deque[StepTime] = deque(maxlen=STEP_TIMES)
+        self._admitted_s: deque[float] = deque(maxlen=ADMISSIONS)
         self._changed = threading.Condition()
         self._stopping = False
         self._failure: str | None = None
@@ -71,6 +72,7 @@ class Engine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParameters,
         on_event: Callable[[TokenEvent], None],
+        user: str = "",
     ) -> int:
         """Queue a request; see `EngineProtocol.submit`."""
         prompt = [int(token) for token in prompt_token_ids]
@@ -79,27 +81,47 @@ class Engine:
                 f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens}: expected at least one prompt "
                 f"token and at most {self.max_context} in all; shorten the prompt or ask for fewer"
             )
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=random.getrandbits(62))
         with self._changed:
             if self._failure is not None or self._stopping:
                 raise EngineError(self._failure or "the engine is shutting down")
-            request = _Request(next(self._numbers), prompt, sampling, on_event)
-            self._waiting.append(request)
+            waiting = len(self._scheduler.waiting)
+            if waiting >= self._settings.max_waiting:
+                raise QueueFull(f"{waiting} requests are waiting, as many as may; try again later", self._retry_after())
+            request = Request(next(self._numbers), prompt, len(prompt), sampling, on_event, user)
+            self._open[request.number] = request
+            self._scheduler.add(request)
             self._changed.notify()
         return request.number
 
     def cancel(self, request_id: int) -> None:
         """End a request early; see `EngineProtocol.cancel`."""
         with self._changed:
-            for request in (*self._waiting, *self._running.values()):
-                if request.number == request_id:
-                    request.cancelled = True
-            self._changed.notify()
+            request = self._open.get(request_id)
+            if request is not None and not request.cancelled:
+                request.cancelled = True
+                self._cancelled.append(request)
+                self._changed.notify()
 
     def status(self) -> EngineStatus:
         """What the engine is doing now."""
         with self._changed:
-            ready = self._thread.is_alive() and not self._stopping and self._failure is None
-            return EngineStatus(ready, self._failure, len(self._running), len(self._waiting))
+            scheduler = self._scheduler
+            return EngineStatus(
+                ready=self._thread.is_alive() and not self._stopping and self._failure is None,
+                failure=self._failure,
+                running=len(scheduler.running),
+                waiting=len(scheduler.waiting),
+                cache_usage=scheduler.cache_usage,
+                cache_tokens=scheduler.cache_tokens,
+                preemptions=scheduler.preemptions,
+                prefix_hit_tokens=scheduler.prefix_hit_tokens,
+                prompt_tokens=scheduler.prompt_tokens,
+                generated_tokens=self._generated,
+                decode_steps=self._decode_steps,
+                step_times=tuple(self._step_times),
+            )
 
     def shutdown(self, timeout_s: float = 30.0) -> None:
         """Stop all ranks after the step under way; open requests end with an error."""
@@ -121,22 +143,23 @@ class Engine:
     def _end_all(self, reason: str) -> None:
         """Tell every open request, once, that it ends with an error."""
         with self._changed:
-            orphans = [*self._running.values(), *self._waiting]
-            self._waiting.clear()
-            self._running.clear()
-        for request in orphans:
-            request.on_event(TokenEvent(None, "error", reason))
+            self._hand_out()
+            for request in list(self._open.values()):
+                self._end(request, TokenEvent(None, "error", reason))
+            self._hand_out()
+
+    def _retry_after(self) -> float:
+        """Seconds until a place in the queue is likely to be free, from the pace of the last admissions."""
+        if len(self._admitted_s) < 2:
+            return 1.0
+        pace = (time.monotonic() - self._admitted_s[0]) / len(self._admitted_s)
+        return min(max(pace, 1.0), LONGEST_RETRY_S)
 
     # --- the engine's thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
-            while True:
-                step = self._schedule()
-                self._worker.group.broadcast_json(step.to_json())
-                if step.stop:
-                    break
-                self._hand_out(self._worker.execute(step))
+            self._loop()
         except Exception as error:
             logger.debug("engine thread", exc_info=True)
             with self._changed:  # whoever watches the ranks can say which one died; let that be the reason
@@ -145,87 +168,118 @@ class Engine:
         else:
             self._end_all("the server is shutting down")
 
-    def _schedule(self) -> StepPlan:
-        """Decide the next step; waits while there is nothing to do."""
+    def _loop(self) -> None:
+        before: _Step | None = None  # under way
+        while True:
+            plan = self._plan_ahead() if before is not None else None
+            if plan is None:
+                if before is not None:
+                    self._finish(before)
+                    before = None
+                plan = self._plan()
+            if self._worker.group.world_size > 1:
+                self._worker.group.broadcast_json(plan.to_json())
+            if plan.stop:
+                return
+            start_s, batch = time.perf_counter(), self._scheduler.num_decoding
+            step = _Step(self._worker.launch(plan), start_s, batch, plan.prompt_tokens)
+            if before is not None:
+                self._finish(before)
+                step.start_s = time.perf_counter()  # one after the other
+                before = None
+            if self._worker.overlaps:
+                before = step
+            else:
+                self._finish(step)
+            with self._changed:
+                self._hand_out()
+
+    def _plan_ahead(self) -> StepPlan | None:
+        """The next step, where it can be planned without the tokens of the one under way."""
         with self._changed:
-            idle = not self._running and not self._waiting and not self._stopping
-            if idle and not self._retire:
+            if self._stopping or self._failure is not None or self._cancelled:
+                return None
+            return self._scheduler.plan_ahead()
+
+    def _plan(self) -> StepPlan:
+        """The next step; waits while there is nothing to do."""
+        with self._changed:
+            scheduler = self._scheduler
+            if not (self._open or self._stopping or scheduler.must_tell):
+                self._hand_out()
                 self._changed.wait(min(HEARTBEAT_S, self._settings.rank_timeout_s / 4))
-            self._drop_cancelled()
-            retire, self._retire = self._retire, []
+            cancelled, self._cancelled = self._cancelled, []
+            for request in cancelled:
+                if request.number in self._open:
+                    self._end(request, TokenEvent(None, "cancelled"))
             if self._stopping or self._failure is not None:
                 return StepPlan(stop=True)
-            return StepPlan(retire, self._admit(retire))
+            plan = scheduler.plan()
+            for admission in plan.admit:
+                request = scheduler.running[admission.sequence]
+                if request.queued_s is None:
+                    self._admitted_s.append(time.monotonic())
+                    request.queued_s = self._admitted_s[-1] - request.submitted_s
+            return plan
 
-    def _drop_cancelled(self) -> None:
-        for request in [request for request in self._waiting if request.cancelled]:
-            self._waiting.remove(request)
-            request.on_event(TokenEvent(None, "cancelled"))
-        for number in [number for number, request in self._running.items() if request.cancelled]:
-            self._end(self._running[number], TokenEvent(None, "cancelled"))
-
-    def _admit(self, retiring: list[int]) -> list[Admission]:
-        """Take waiting requests into the batch, as far as its limits and the cache allow."""
-        if self._running and not self._worker.model.can_merge:
-            return []
-        admissions: list[Admission] = []
-        longest = 0
-        while self._waiting and len(self._running) < self._settings.max_sequences:
-            request = self._waiting[0]
-            longest = max(longest, len(request.prompt))
-            if admissions and longest * (len(admissions) + 1) > self._settings.max_prefill_tokens:
-                break
-            if admissions and not self._worker.model.can_pad and len(request.prompt) != len(admissions[0].tokens):
-                break
-            sampling = request.sampling
-            tokens = [len(admission.tokens) + admission.new_tokens for admission in admissions]
-            if not self._worker.has_room([*tokens, len(request.prompt) + sampling.max_tokens], retiring):
-                break
-            self._waiting.popleft()
-            request.home = self._choose_home()
-            self._running[request.number] = request
-            seed = request.sampling.seed if request.sampling.seed is not None else random.getrandbits(62)
-            admissions.append(
-                Admission(
-                    request.number,
-                    request.prompt,
-                    request.home,
-                    sampling.temperature,
-                    sampling.top_p,
-                    seed,
-                    sampling.max_tokens,
-                )
-            )
-        return admissions
-
-    def _choose_home(self) -> int:
-        """The rank with the fewest sequences (``allreduce`` samples everything on rank 0)."""
-        if self._worker.everyone_holds_all:
-            return 0
-        sequences = [0] * self._worker.group.world_size
-        for request in self._running.values():
-            sequences[request.home] += 1
-        return min(range(len(sequences)), key=lambda rank: (sequences[rank], rank))
-
-    def _hand_out(self, tokens: dict[int, int]) -> None:
-        """Tell each request its new token, and end those that are done."""
+    def _finish(self, step: _Step) -> None:
+        """Wait for a step's tokens; end the requests that are done."""
+        tokens = step.tokens()
         with self._changed:
+            if step.batch:
+                self._decode_steps += 1
+                seconds = time.perf_counter() - step.start_s
+                self._step_times.append(StepTime(seconds, step.batch, step.prompt_tokens))
             for number, token in tokens.items():
-                request = self._running.get(number)
-                if request is None:
-                    continue
-                request.generated += 1
-                if token == NO_TOKEN:
-                    reason = "the model's logits are not finite for this request; serve with dtype=bfloat16 or float32"
-                    self._end(request, TokenEvent(None, "error", reason))
-                elif token in self._eos and not request.sampling.ignore_eos:
-                    self._end(request, TokenEvent(None, "stop"))
-                elif request.generated >= request.sampling.max_tokens:
-                    self._end(request, TokenEvent(token, "length"))
-                else:
-                    request.on_event(TokenEvent(token, None))
+                request = self._scheduler.running.get(number)
+                if request is not None:
+                    self._take(request, token)
 
-    def _end(self, request: _Request, event: TokenEvent) -> None:
-        del self._running[request.number]
-        self._retire.append(request.number)
-        request.on_event(event)
+    def _take(self, request: Request, token: int) -> None:
+        """A request's new token."""
+        if token == NO_TOKEN:
+            reason = "the model's logits are not finite for this request; serve with dtype=bfloat16 or float32"
+            self._end(request, TokenEvent(None, "error", reason))
+            return
+        self._generated += 1
+        self._scheduler.note(request, token)
+        first, sampling = request.num_generated == 1, request.sampling
+        if token in self._eos and not sampling.ignore_eos:
+            event = TokenEvent(None, "stop")
+        else:
+            event = TokenEvent(token, "length" if request.num_generated >= sampling.max_tokens else None)
+        if first:
+            event = replace(event, queued_s=request.queued_s, cached_tokens=request.cached)
+        if event.finish_reason is None:
+            self._events.append((request, event))
+        else:
+            self._end(request, event)
+
+    def _end(self, request: Request, event: TokenEvent) -> None:
+        self._scheduler.end(request)
+        del self._open[request.number]
+        self._events.append((request, event))
+
+    def _hand_out(self) -> None:
+        """Tell requests what has happened; the lock is held, so that their events keep their order."""
+        while self._events:
+            events, self._events = self._events, []
+            for request, event in events:
+                request.on_event(event)
+
+
+@dataclass
+class _Step:
+    """A step under way.
+
+    Attributes:
+        tokens: waits for its tokens.
+        start_s: when it began.
+        batch: sequences that it decodes.
+        prompt_tokens: that it feeds.
+    """
+
+    tokens: Tokens
+    start_s: float
+    batch: int
+    prompt_tokens: int

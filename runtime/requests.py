@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from profiler.errors import InputError
@@ -22,6 +22,18 @@ def _is_integer(value: object, least: float, most: float = math.inf) -> bool:
 
 class EngineError(RuntimeError):
     """The engine is down and takes no requests; the message is one line that says why."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may.
+
+    Attributes:
+        retry_after_s: after so many seconds there is likely to be room.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True)
@@ -67,11 +79,30 @@ class TokenEvent:
             ``token_id=None, finish_reason="stop"``.
         finish_reason: None while the request goes on. ``"length"`` comes together with the last token.
         error: one line that says what went wrong, with ``finish_reason="error"``.
+        queued_s: with a request's first token: how long it waited for a place in the batch.
+        cached_tokens: with a request's first token: how many of its prompt's tokens the cache held already.
     """
 
     token_id: int | None
     finish_reason: FinishReason | None
     error: str | None = None
+    queued_s: float | None = field(default=None, compare=False)
+    cached_tokens: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long a step took that decoded.
+
+    Attributes:
+        seconds: from its start, or the end of the one before it, until its tokens were known.
+        batch: sequences that it decoded.
+        prompt_tokens: that it fed besides.
+    """
+
+    seconds: float
+    batch: int
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,14 +112,30 @@ class EngineStatus:
     Attributes:
         ready: requests are taken.
         failure: one line that says why the engine is down; None while it is not.
-        running: requests that are being decoded.
+        running: requests that are being decoded, or their prompts fed.
         waiting: requests that wait for a place in the batch.
+        cache_usage: share of the cache that running requests hold, from 0 to 1; 0 where it grows as needed.
+        cache_tokens: tokens that the cache has room for; 0 where it grows as needed.
+        preemptions: times that a request lost its part of the cache and had to wait again.
+        prefix_hit_tokens: tokens of admitted requests that the cache held already.
+        prompt_tokens: of all admitted requests.
+        generated_tokens: of all requests.
+        decode_steps: steps that decoded any request.
+        step_times: of the last of these steps, the newest last.
     """
 
     ready: bool
     failure: str | None
     running: int
     waiting: int
+    cache_usage: float = 0.0
+    cache_tokens: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    decode_steps: int = 0
+    step_times: tuple[StepTime, ...] = ()
 
 
 class EngineProtocol(Protocol):
@@ -104,10 +151,14 @@ class EngineProtocol(Protocol):
         prompt_token_ids: Sequence[int],
         sampling: SamplingParameters,
         on_event: Callable[[TokenEvent], None],
+        user: str = "",
     ) -> int:
         """Queue a request and return its id; ``on_event`` is called from the engine's own thread.
 
+        Waiting requests of several users are admitted in turn.
+
         Raises:
+            QueueFull: as many requests wait as may.
             EngineError: the engine is down.
         """
         ...

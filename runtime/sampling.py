@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from runtime.requests import SamplingParameters
+
 
 class Sampler:
     """Draws one request's tokens.
 
     Args:
-        temperature: divisor of the logits; 0 means greedy, which needs no draw.
-        top_p: probability mass of the nucleus that is sampled from, in (0, 1].
-        seed: of this request's draws, which do not depend on what else is in the batch.
+        sampling: how; its seed, a number here, makes the draws independent of what else is in the batch.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        self.temperature, self.top_p = temperature, top_p
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(self, sampling: SamplingParameters) -> None:
+        assert sampling.seed is not None
+        self.temperature, self.top_p = sampling.temperature, sampling.top_p
+        self._generator = torch.Generator().manual_seed(sampling.seed)
 
     def __call__(self, logits: torch.Tensor) -> int:
         """Draw a token id from float32 logits ``[vocabulary]``; the temperature must be above 0."""

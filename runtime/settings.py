@@ -37,7 +37,10 @@ class EngineSettings(Settings):
             ``auto``: native where it serves the model, said in the log.
         cache_tokens: tokens whose keys and values the native path keeps room for; None takes what memory allows.
         max_sequences: the most sequences decoded together.
-        max_prefill_tokens: the most prompt tokens, padding included, prefilled in one step.
+        max_prefill_tokens: the most prompt tokens fed in one step; longer prompts are fed in pieces, between which what
+            runs goes on.
+        max_waiting: requests that may wait; more are refused.
+        prefix_cache: native path: whether prompts that begin alike share the pages of what they have in common.
         rank_timeout_s: a rank that does not answer for so long is lost.
     """
 
@@ -49,7 +52,9 @@ class EngineSettings(Settings):
     path: str = "auto"
     cache_tokens: int | None = None
     max_sequences: int = 64
-    max_prefill_tokens: int = 8192
+    max_prefill_tokens: int = 2048
+    max_waiting: int = 1024
+    prefix_cache: bool = True
     rank_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -66,7 +71,9 @@ class EngineSettings(Settings):
             raise ModelError(
                 f"model={self.model}: expected a directory or a hub id; write a number as model=./{self.model}"
             )
-        counts = [("max_sequences", self.max_sequences), ("max_prefill_tokens", self.max_prefill_tokens)]
+        if not isinstance(self.prefix_cache, bool):
+            raise ModelError(f"prefix_cache={self.prefix_cache}: expected true or false")
+        counts = [(name, getattr(self, name)) for name in ("max_sequences", "max_prefill_tokens", "max_waiting")]
         if self.cache_tokens is not None:
             counts.append(("cache_tokens", self.cache_tokens))
         for name, count in counts:

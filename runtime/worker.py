@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
 from typing import Any
 
 import torch
 
 from placement.plan import PlacementPlan
 from profiler.seam import MoELayer
-from runtime.batch import CausalModel, SequenceBatch
+from runtime.batch import CausalModel, SequenceBatch, plan_passes
 from runtime.checkpoint import LoadReport
 from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
 from runtime.sampling import Sampler
-from runtime.step_plan import Admission, StepPlan
+from runtime.step_plan import Admission, Piece, StepPlan
 from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
 
 
@@ -41,14 +41,12 @@ class RankWorker(Worker):
         # Only in ``alltoall`` can a rank be without sequences.
         self._empty_calls = [] if self.everyone_holds_all else _record_empty_calls(self.model, self.layers)
         install_shards(report, plan, group, exchange, self.context)
-        self.homes: dict[int, int] = {}  # every running sequence, in the order of admission
+        self.homes: dict[int, int] = {}  # every sequence that decodes, in the order in which they came to
         self.last_token: dict[int, int] = {}
+        self._prompts: dict[int, Admission] = {}  # of the sequences that don't yet
+        self._begun: dict[int, SequenceBatch] = {}  # of those that this rank holds, whose prompts are fed in pieces
         self._samplers: dict[int, Sampler] = {}
         self._batch: SequenceBatch | None = None
-
-    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
-        """Always: Transformers' cache grows with its sequences; see `Worker.has_room`."""
-        return True
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""
@@ -57,18 +55,24 @@ class RankWorker(Worker):
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
         self._retire(step.retire)
-        if step.admit:
-            taking_part = {admission.sequence: admission.home for admission in step.admit}
-            self._count_tokens({admission.sequence: len(admission.tokens) for admission in step.admit}, taking_part)
-            sampled = self._prefill([a for a in step.admit if self._holds(a.home)])
-            self.homes.update(taking_part)
-        elif self.homes:
-            taking_part = dict(self.homes)
-            self._count_tokens(dict.fromkeys(taking_part, 1), taking_part)
-            sampled = self._decode()
-        else:
-            return {}
-        tokens = self._share(sampled, taking_part)
+        decoding = dict(self.homes) if step.decode else {}
+        self._prompts.update((admission.sequence, admission) for admission in step.admit)
+        started: dict[int, int] = {}
+        sampled: dict[int, int] = {}
+        joining: list[SequenceBatch] = []
+        for pieces in self._passes(step.feed):
+            sampled |= self._feed(pieces, joining)
+            for piece in pieces:
+                if piece.stop == len(self._prompts[piece.sequence].tokens):
+                    started[piece.sequence] = self._prompts.pop(piece.sequence).home
+        if decoding:
+            self._count_tokens(dict.fromkeys(decoding, 1), decoding)
+            sampled |= self._decode()
+        for batch in joining:
+            self._join(batch)
+        self.homes |= started
+        taking_part = started | decoding
+        tokens = self._share(sampled, taking_part) if taking_part else {}
         self.last_token.update(tokens)
         return tokens
 
@@ -76,10 +80,9 @@ class RankWorker(Worker):
         return self.everyone_holds_all or home == self.group.rank
 
     def _retire(self, sequences: list[int]) -> None:
-        for sequence in sequences:
-            self.homes.pop(sequence, None)
-            self.last_token.pop(sequence, None)
-            self._samplers.pop(sequence, None)
+        held: list[dict[int, Any]] = [self.homes, self.last_token, self._samplers, self._prompts, self._begun]
+        for sequence, of_sequences in itertools.product(sequences, held):
+            of_sequences.pop(sequence, None)
         if self._batch is not None and sequences:
             rows = [row for row, sequence in enumerate(self._batch.sequences) if sequence in self.homes]
             if not rows:
@@ -92,21 +95,42 @@ class RankWorker(Worker):
         for sequence, length in lengths.items():
             self.context.tokens_per_rank[homes[sequence]] += length
 
-    def _prefill(self, admissions: list[Admission]) -> dict[int, int]:
-        if not admissions:
+    def _passes(self, pieces: list[Piece]) -> list[list[Piece]]:
+        """Which pieces are fed together; sequences that cannot join others later come together."""
+        return plan_passes(pieces, self._prompts) if self.model.can_merge or not pieces else [pieces]
+
+    def _feed(self, pieces: list[Piece], joining: list[SequenceBatch]) -> dict[int, int]:
+        """One pass over pieces: of whole prompts, or one that is not; batches whose prompts it ends are to join."""
+        homes = {piece.sequence: self._prompts[piece.sequence].home for piece in pieces}
+        self._count_tokens({piece.sequence: piece.stop - piece.start for piece in pieces}, homes)
+        mine = [piece for piece in pieces if self._holds(homes[piece.sequence])]
+        if not mine:
             return self._take_part_idle()
-        prompts = [admission.tokens for admission in admissions]
-        batch, tokens = self.model.start([admission.sequence for admission in admissions], prompts)
-        padded = len({len(prompt) for prompt in prompts}) > 1
+        admissions = [self._prompts[piece.sequence] for piece in mine]
+        first, admission = mine[0], admissions[0]
+        whole = first.stop == len(admission.tokens)
+        if first.start:
+            batch = self._begun.pop(first.sequence)
+            tokens = self.model.go_on(batch, admission.tokens[first.start : first.stop])
+        else:
+            prompts = [each.tokens[: piece.stop] for each, piece in zip(admissions, mine, strict=True)]
+            batch, tokens = self.model.start([piece.sequence for piece in mine], prompts)
+        padded = len({piece.stop - piece.start for piece in mine}) > 1
         self.context.valid = batch.mask.bool().flatten() if padded else None
         logits = self.model.run(batch, tokens)
-        for admission in admissions:
-            self._samplers[admission.sequence] = Sampler(admission.temperature, admission.top_p, admission.seed)
+        if not whole:
+            self._begun[first.sequence] = batch
+            return {}
+        for each in admissions:
+            self._samplers[each.sequence] = Sampler(each.sampling)
+        joining.append(batch)
+        return self._sample(batch.sequences, logits)
+
+    def _join(self, batch: SequenceBatch) -> None:
         if self._batch is None:
             self._batch = batch
         else:
             self._batch.absorb(batch)
-        return self._sample(batch.sequences, logits)
 
     def _decode(self) -> dict[int, int]:
         if self._batch is None:

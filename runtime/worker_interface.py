@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 
 from runtime.distributed import RankGroup
 from runtime.step_plan import StepPlan
+
+Tokens = Callable[[], dict[int, int]]  # waits for the new tokens of a step
 
 NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
 
@@ -41,6 +43,14 @@ class StepReads:
 
 
 @dataclass(frozen=True)
+class CacheSize:
+    """How many pages a cache has, and of how many tokens each."""
+
+    num_pages: int
+    page_size: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What is to be known of the loaded model.
 
@@ -51,6 +61,7 @@ class ModelFacts:
         max_context: the most tokens of one sequence, prompt and generated.
         eos_token_ids: tokens that end a sequence.
         reads: of a decode step, where the path knows.
+        cache: of every rank that holds sequences of its own; None where caches grow as needed.
     """
 
     path: str
@@ -59,6 +70,7 @@ class ModelFacts:
     max_context: int
     eos_token_ids: tuple[int, ...]
     reads: StepReads | None = None
+    cache: CacheSize | None = None
 
 
 class Worker(ABC):
@@ -67,15 +79,17 @@ class Worker(ABC):
     Attributes:
         group: all ranks.
         facts: about the model.
-        model: says whether sequences may join a running batch (``can_merge``) and prompts of different lengths be
-            prefilled together (``can_pad``).
+        model: says whether sequences may join a running batch, and prompts be fed in pieces (``can_merge``), and
+            whether prompts of different lengths can be fed together (``can_pad``).
         everyone_holds_all: whether every rank holds every sequence.
+        overlaps: whether a step that has been launched goes on by itself.
     """
 
     group: RankGroup
     facts: ModelFacts
     model: Any
     everyone_holds_all: bool
+    overlaps = False
 
     @abstractmethod
     def execute(self, step: StepPlan) -> dict[int, int]:
@@ -85,9 +99,10 @@ class Worker(ABC):
             The new token of every sequence that took part, on every rank; `NO_TOKEN` where there is none.
         """
 
-    @abstractmethod
-    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
-        """Whether new sequences of at most so many tokens each fit beside the running ones, without those retiring."""
+    def launch(self, step: StepPlan) -> Tokens:
+        """Begin a step, after those launched before; its tokens are asked for once, in the order of the steps."""
+        tokens = self.execute(step)
+        return lambda: tokens
 
     @abstractmethod
     def replay(self, routes: torch.Tensor | None) -> None:

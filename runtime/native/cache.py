@@ -1,7 +1,4 @@
-"""The paged key/value cache: fixed pages in one tensor per layer, handed out to sequences whole.
-
-A sequence gets the pages of everything it may ever hold when it is admitted. So no step can run out of pages, and the
-page table changes only when sequences come or go.
+"""The paged key/value cache: fixed pages in one tensor per layer; `runtime.pages` says who holds which.
 
 Shape legend: G kv heads, d head size.
 """
@@ -10,57 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from runtime.errors import ModelError
 from runtime.native.families import DecoderShape
 
 PAGE_SIZE = 64  # tokens
-
-
-class PageAllocator:
-    """Which pages are free.
-
-    Args:
-        num_pages: of the cache.
-        page_size: tokens per page.
-    """
-
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
-        self._free = list(reversed(range(num_pages)))
-        self._held: dict[int, list[int]] = {}
-
-    @property
-    def num_free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
-
-    def pages_for(self, num_tokens: int) -> int:
-        """Pages that so many tokens take."""
-        return -(-num_tokens // self.page_size)
-
-    def pages_held(self, sequence: int) -> int:
-        """Pages of one sequence; 0 where it has none."""
-        return len(self._held.get(sequence, ()))
-
-    def allocate(self, sequence: int, num_tokens: int) -> list[int]:
-        """Give a sequence the pages of all tokens it may ever have.
-
-        Raises:
-            ModelError: there are not so many free pages; none is given then.
-        """
-        assert sequence not in self._held, f"sequence {sequence} has pages already"
-        needed = self.pages_for(num_tokens)
-        if needed > len(self._free):
-            raise ModelError(
-                f"{num_tokens} tokens: expected at most {len(self._free) * self.page_size}, for which there are pages; "
-                "ask for fewer, or serve with a larger cache_tokens"
-            )
-        self._held[sequence] = [self._free.pop() for _ in range(needed)]
-        return self._held[sequence]
-
-    def release(self, sequence: int) -> None:
-        """Take a sequence's pages back."""
-        self._free += reversed(self._held.pop(sequence))
 
 
 class PagedCache:

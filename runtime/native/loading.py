@@ -134,7 +134,8 @@ def load_native(
         native.max_context,
     )
     eos = eos_token_ids(_generation_config(model), config)
-    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, step_reads(decoder))
+    reads = step_reads(decoder)
+    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, reads, native.cache_size)
     return NativeWorker(native, facts, group)
 
 

@@ -1,4 +1,4 @@
-"""Sequences on the native path: admission to the paged cache, prefill, decode steps, retirement."""
+"""Sequences on the native path: their prompts fed into the paged cache, decode steps, retirement."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import torch
 from torch.nn.functional import linear
 
 from kernels.sample import sample
-from runtime.errors import InputError
-from runtime.native.cache import PageAllocator
 from runtime.native.forward import Decoder
-from runtime.native.prefill import Prompt, prefill
+from runtime.native.new_tokens import NewTokens
+from runtime.native.prefill import prefill
 from runtime.native.replayed_routes import ReplayedRoutes
 from runtime.native.rows import Rows, RunningSequence
 from runtime.native.step import GraphedStep, decode_step
-from runtime.step_plan import Admission
-from runtime.worker_interface import NO_TOKEN
+from runtime.step_plan import Admission, Piece, StepPlan
+from runtime.worker_interface import NO_TOKEN, CacheSize
 
 LEAST_PAGES = 16  # columns of the smallest page table; larger ones are four times the next smaller
 
@@ -31,7 +30,8 @@ class NativeModel:
         graphs: whether decode steps run as CUDA graphs.
 
     Attributes:
-        logits: of the last prefill or step, one row per sequence that took part; the next one may overwrite them.
+        logits: of the last step, one row per sequence that got a token, in one or two tensors; the next step may
+            overwrite them.
     """
 
     can_merge = True
@@ -40,95 +40,96 @@ class NativeModel:
     def __init__(self, decoder: Decoder, max_sequences: int, max_prefill_tokens: int, graphs: bool) -> None:
         self.decoder, self.max_sequences, self.max_prefill_tokens = decoder, max_sequences, max_prefill_tokens
         cache = decoder.cache
-        self.pages = PageAllocator(cache.num_tokens // cache.page_size, cache.page_size)
+        self.cache_size = CacheSize(cache.num_tokens // cache.page_size, cache.page_size)
         self.max_context = min(len(decoder.rotary), cache.num_tokens)
-        self.logits: torch.Tensor | None = None
+        self.logits: list[torch.Tensor] = []
+        self._prompts: dict[int, Admission] = {}  # of sequences that don't decode yet
         self._sequences: dict[int, RunningSequence] = {}
         self._rows: dict[tuple[int, int], Rows] = {}
         self._filled: Rows | None = None  # rows that hold the running sequences as they stand
+        self._unknown: NewTokens | None = None  # of the step launched last, if they are not known yet
         self._graphs: dict[tuple[int, int, bool], GraphedStep] | None = {} if graphs else None
         self._replayed: ReplayedRoutes | None = None
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     @property
     def running(self) -> list[int]:
-        """Numbers of the sequences, in the order of admission."""
+        """Numbers of the sequences that decode, in the order in which they came to."""
         return list(self._sequences)
 
-    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
-        """Whether new sequences of at most so many tokens each fit, once others have retired."""
-        rows = len(self._sequences) - len(retiring) + len(tokens)
-        free = self.pages.num_free + sum(self.pages.pages_held(sequence) for sequence in retiring)
-        return rows <= self.max_sequences and sum(map(self.pages.pages_for, tokens)) <= free
-
-    def retire(self, sequences: Sequence[int]) -> None:
-        """Drop sequences and free their pages."""
-        for sequence in sequences:
-            del self._sequences[sequence]
-            self.pages.release(sequence)
-        if sequences:
+    def launch(self, step: StepPlan) -> NewTokens:
+        """Begin a step; on a GPU it goes on by itself."""
+        self._retire(step.retire)
+        self._prompts.update((admission.sequence, admission) for admission in step.admit)
+        self._grow(step.grow)
+        decoding = dict(self._sequences) if step.decode else {}
+        self.logits = []
+        started, sampled = self._feed(step.feed) if step.feed else ({}, [])
+        if decoding:
+            sampled.append(self._decode(list(decoding.values())))
+        if started:
+            self._sequences |= started
             self._filled = None
+        self._unknown = NewTokens(started | decoding, sampled, self.decoder.rotary.device)
+        return self._unknown
 
-    def prefill(self, admissions: Sequence[Admission]) -> dict[int, int]:
-        """Admit sequences and feed their prompts.
+    def _retire(self, sequences: Sequence[int]) -> None:
+        for sequence in sequences:
+            if self._sequences.pop(sequence, None) is not None:
+                self._filled = None
+            self._prompts.pop(sequence, None)
 
-        Returns:
-            Each one's first new token.
-
-        Raises:
-            InputError: they do not fit; nothing has run then.
-        """
-        totals = [len(admission.tokens) + admission.new_tokens for admission in admissions]
-        if not self.has_room(totals, ()) or max(totals) > self.max_context:
-            free = self.pages.num_free * self.pages.page_size
-            raise InputError(
-                f"{len(totals)} sequences of up to {max(totals)} tokens: expected at most {self.max_sequences}, of "
-                f"{self.max_context} tokens each and {free} in the free part of the cache; ask for fewer or "
-                "shorter ones, or raise max_sequences or cache_tokens"
-            )
-        prompts = []
-        for admission, total in zip(admissions, totals, strict=True):
-            prompts.append(Prompt(admission.tokens, self.pages.allocate(admission.sequence, total)))
-        hidden = prefill(self.decoder, prompts, self.max_prefill_tokens)
-        started = [
-            RunningSequence(prompt.pages, len(prompt.tokens), 0, a.temperature, a.top_p, a.seed)
-            for prompt, a in zip(prompts, admissions, strict=True)
-        ]
-        tokens = self._sample_first(hidden, started)
-        for admission, sequence, token in zip(admissions, started, tokens, strict=True):
-            sequence.token = token
-            self._sequences[admission.sequence] = sequence
-        self._filled = None
-        return {admission.sequence: token for admission, token in zip(admissions, tokens, strict=True)}
+    def _grow(self, grow: Sequence[tuple[int, int]]) -> None:
+        """Add pages to sequences, and to their rows, if these are laid out."""
+        columns = []
+        for number, page in grow:
+            columns.append(len(self._sequences[number].pages))
+            self._sequences[number].pages.append(page)
+        if grow and self._filled is not None:
+            width = self._filled.page_table.shape[1]
+            row_of = {number: row for row, number in enumerate(self._sequences)}
+            # A row that outgrows its table is laid out again, in a wider one.
+            new = [(row_of[n], column, page) for (n, page), column in zip(grow, columns, strict=True) if column < width]
+            if new:
+                self._filled.set_pages(*zip(*new, strict=True))
 
     @torch.inference_mode()
-    def _sample_first(self, hidden: torch.Tensor, started: Sequence[RunningSequence]) -> list[int]:
-        self.logits = linear(hidden, self.decoder.weights.head)
+    def _feed(self, pieces: Sequence[Piece]) -> tuple[dict[int, RunningSequence], list[torch.Tensor]]:
+        """Feed pieces of prompts; the sequences whose prompts end, and their first tokens."""
+        hidden = prefill(self.decoder, self._prompts, pieces, self.max_prefill_tokens)
+        started: dict[int, RunningSequence] = {}
+        for piece in pieces:
+            if piece.stop == len(self._prompts[piece.sequence].tokens):
+                admission = self._prompts.pop(piece.sequence)
+                pages = list(admission.pages)
+                started[piece.sequence] = RunningSequence(pages, len(admission.tokens), 0, admission.sampling)
+        if not started:
+            return started, []
+        logits = linear(hidden, self.decoder.weights.head)
+        self.logits.append(logits)
         rows = Rows.empty(len(started), 1, hidden.device)
-        rows.fill(started)
-        chosen = sample(self.logits, rows.temperature, rows.seeds, rows.positions, rows.top_p)
-        tokens: list[int] = chosen.where(self.logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
-        return tokens
+        rows.fill(list(started.values()))
+        chosen = sample(logits, rows.temperature, rows.seeds, rows.positions, rows.top_p)
+        return started, [chosen.where(logits.amax(dim=-1).isfinite(), NO_TOKEN)]
 
-    def decode(self) -> dict[int, int]:
-        """Feed every sequence's newest token and sample its next."""
-        running = list(self._sequences.values())
+    def _decode(self, running: Sequence[RunningSequence]) -> torch.Tensor:
+        """Feed every sequence's newest token; the next ones ``[B]``, which the next step overwrites."""
         num_rows = bucket_of(len(running), self.max_sequences)
         num_pages = self._num_pages(max(sequence.position for sequence in running) + 1)
-        nucleus = any(sequence.top_p < 1 for sequence in running)
+        nucleus = any(sequence.sampling.top_p < 1 for sequence in running)
         step = self._step(num_rows, num_pages, nucleus)
         rows = self._rows[num_rows, num_pages]
         if rows is not self._filled:
+            if self._unknown is not None:
+                self._unknown()
             rows.fill(running)
             self._filled = rows
         if self._replayed is not None:
             self._replayed.advance()
-        self.logits = step()[: len(running)]
-        tokens = rows.sampled[: len(running)].tolist()
-        for sequence, token in zip(running, tokens, strict=True):
-            sequence.token = token
+        self.logits.append(step()[: len(running)])
+        for sequence in running:
             sequence.position += 1
-        return dict(zip(self._sequences, tokens, strict=True))
+        return rows.sampled[: len(running)]
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take the experts of the next decode steps from routes ``[S, L, T, K]``; None ends that."""
@@ -148,10 +149,10 @@ class NativeModel:
 
     def _num_pages(self, tokens: int) -> int:
         """Columns of the page table for contexts of so many tokens."""
-        columns, most = LEAST_PAGES, self.pages.pages_for(self.max_context)
-        while columns < self.pages.pages_for(tokens):
+        size, columns = self.cache_size.page_size, LEAST_PAGES
+        while columns * size < tokens:
             columns *= 4
-        return min(columns, most)
+        return min(columns, -(-self.max_context // size))
 
     def _step(self, num_rows: int, num_pages: int, nucleus: bool) -> Callable[[], torch.Tensor]:
         if (num_rows, num_pages) not in self._rows:

@@ -5,8 +5,7 @@ Shape legend: N sequences, L tokens of each, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -14,61 +13,52 @@ import torch
 from runtime.native.forward import Decoder, run_layers
 from runtime.native.mla import LatentCache, attend_prompts
 from runtime.native.prefill_attention import prefill_attention
+from runtime.step_plan import Admission, Piece
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and the pages of its sequence, which hold all of it."""
-
-    tokens: list[int]
-    pages: list[int]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens ``start`` to ``stop`` of the prompt with this number."""
-
-    number: int
-    start: int
-    stop: int
-
-
-def plan_passes(lengths: Sequence[int], max_tokens: int) -> list[list[Piece]]:
-    """Cut prompts into passes of at most so many tokens, in order; a pass has at most one piece of a prompt."""
+def plan_passes(pieces: Sequence[Piece], max_tokens: int) -> list[list[Piece]]:
+    """Spread pieces over passes of at most so many tokens, in order; a pass has at most one piece of a sequence."""
     passes: list[list[Piece]] = [[]]
     free = max_tokens
-    for number, length in enumerate(lengths):
-        start = 0
-        while start < length:
+    for piece in pieces:
+        start = piece.start
+        while start < piece.stop:
             if free == 0:
                 passes.append([])
                 free = max_tokens
-            stop = min(length, start + free)
-            passes[-1].append(Piece(number, start, stop))
+            stop = min(piece.stop, start + free)
+            passes[-1].append(Piece(piece.sequence, start, stop))
             free -= stop - start
             start = stop
     return passes
 
 
 @torch.inference_mode()
-def prefill(decoder: Decoder, prompts: Sequence[Prompt], max_tokens: int) -> torch.Tensor:
-    """Feed whole prompts.
+def prefill(
+    decoder: Decoder, prompts: Mapping[int, Admission], pieces: Sequence[Piece], max_tokens: int
+) -> torch.Tensor:
+    """Feed pieces of prompts.
 
     Args:
         decoder: the model, into whose cache keys and values go.
-        prompts: with the pages of their sequences.
+        prompts: by sequence, with their pages.
+        pieces: at most one of a sequence.
         max_tokens: fed in one pass.
 
     Returns:
-        Hidden states of each prompt's last token, after the last norm, ``[prompts, D]``.
+        Hidden states of the last tokens of the prompts that end, in the order of their pieces, after the last norm,
+        ``[prompts that end, D]``.
     """
-    last = decoder.weights.norm.new_empty((len(prompts), decoder.shape.width))
-    for pieces in plan_passes([len(prompt.tokens) for prompt in prompts], max_tokens):
-        groups = _group(pieces)
+    ending = [piece.sequence for piece in pieces if piece.stop == len(prompts[piece.sequence].tokens)]
+    last = decoder.weights.norm.new_empty((len(ending), decoder.shape.width))
+    for together in plan_passes(pieces, max_tokens):
+        groups = _group(together)
         hidden = _run_pass(decoder, prompts, groups)
         ordered = [piece for group in groups for piece in group]
         ends = torch.tensor([piece.stop - piece.start for piece in ordered]).cumsum(0) - 1
-        last[[piece.number for piece in ordered]] = hidden[ends.to(hidden.device)]
+        done = [i for i, piece in enumerate(ordered) if piece.stop == len(prompts[piece.sequence].tokens)]
+        if done:
+            last[[ending.index(ordered[i].sequence) for i in done]] = hidden[ends[done].to(hidden.device)]
     return last
 
 
@@ -81,16 +71,16 @@ def _group(pieces: Sequence[Piece]) -> list[list[Piece]]:
     return [list(group) for _, group in groupby(sorted(pieces, key=place), place)]
 
 
-def _run_pass(decoder: Decoder, prompts: Sequence[Prompt], groups: list[list[Piece]]) -> torch.Tensor:
+def _run_pass(decoder: Decoder, prompts: Mapping[int, Admission], groups: list[list[Piece]]) -> torch.Tensor:
     device, page_size = decoder.rotary.device, decoder.cache.page_size
     tokens, positions = [], []
     cached = []  # per group, where the tokens so far of its sequences are cached, [N, S]
     for group in groups:
         start, stop = group[0].start, group[0].stop
         place = torch.arange(stop)
-        pages = torch.tensor([prompts[piece.number].pages[: -(-stop // page_size)] for piece in group])
+        pages = torch.tensor([prompts[piece.sequence].pages[: -(-stop // page_size)] for piece in group])
         cached.append((pages[:, place // page_size] * page_size + place % page_size).to(device))
-        tokens += [token for piece in group for token in prompts[piece.number].tokens[start:stop]]
+        tokens += [token for piece in group for token in prompts[piece.sequence].tokens[start:stop]]
         positions += list(range(start, stop)) * len(group)
     new = torch.cat([index[:, group[0].start :].flatten() for index, group in zip(cached, groups, strict=True)])
 

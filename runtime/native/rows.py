@@ -9,8 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+
+from runtime.requests import SamplingParameters
 
 
 @dataclass
@@ -21,17 +25,13 @@ class RunningSequence:
         pages: that it holds, in order.
         position: of ``token``, which is fed next.
         token: its newest.
-        temperature: of its sampler.
-        top_p: of its sampler.
-        seed: of its sampler.
+        sampling: of its tokens; the seed is a number.
     """
 
     pages: list[int]
     position: int
     token: int
-    temperature: float
-    top_p: float
-    seed: int
+    sampling: SamplingParameters
 
 
 @dataclass
@@ -86,19 +86,32 @@ class Rows:
         """
         padding = len(self.tokens) - len(sequences)
         rows = [*sequences, *[sequences[0]] * padding]
-        pages = torch.zeros(self.page_table.shape, dtype=torch.int32)
+        pages = np.zeros(self.page_table.shape, dtype=np.int32)
         for row, sequence in enumerate(rows):
             held = sequence.pages[: pages.shape[1]]
-            pages[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
-        self.page_table.copy_(pages)
-        self.tokens.copy_(torch.tensor([sequence.token for sequence in rows]))
-        self.positions.copy_(torch.tensor([sequence.position for sequence in rows], dtype=torch.int32))
-        self.stored.copy_(torch.tensor([1] * len(sequences) + [0] * padding))
-        self.temperature.copy_(torch.tensor([sequence.temperature for sequence in rows], dtype=torch.float32))
-        self.top_p.copy_(torch.tensor([sequence.top_p for sequence in rows], dtype=torch.float32))
-        self.seeds.copy_(torch.tensor([sequence.seed for sequence in rows]))
+            pages[row, : len(held)] = held
+        _upload(self.page_table, pages)
+        _upload(self.tokens, [sequence.token for sequence in rows])
+        _upload(self.positions, [sequence.position for sequence in rows])
+        _upload(self.stored, [1] * len(sequences) + [0] * padding)
+        sampling = [sequence.sampling for sequence in rows]
+        _upload(self.temperature, [each.temperature for each in sampling])
+        _upload(self.top_p, [each.top_p for each in sampling])
+        _upload(self.seeds, [each.seed for each in sampling])
+
+    def set_pages(self, rows: Sequence[int], columns: Sequence[int], pages: Sequence[int]) -> None:
+        """Add pages that sequences have got since they were laid out."""
+        where = torch.empty((3, len(rows)), dtype=torch.int64, device=self.page_table.device)
+        _upload(where, [rows, columns, pages])
+        self.page_table[where[0], where[1]] = where[2].int()
 
     def slot_index(self, page_size: int) -> torch.Tensor:
         """Where this step's keys and values are cached, int64 ``[B]``; -1 for padding."""
         page = self.page_table.gather(1, (self.positions // page_size).long()[:, None])[:, 0].long()
         return (page * page_size + self.positions % page_size + 1) * self.stored - 1
+
+
+def _upload(target: torch.Tensor, values: Any) -> None:
+    """Numbers from the host, without waiting for what the device is doing."""
+    source = torch.as_tensor(values, dtype=target.dtype)
+    target.copy_(source.pin_memory() if target.is_cuda else source, non_blocking=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from runtime.distributed import RankGroup
 from runtime.native.model import NativeModel
 from runtime.step_plan import StepPlan
-from runtime.worker_interface import ModelFacts, Worker
+from runtime.worker_interface import ModelFacts, Tokens, Worker
 
 
 class NativeWorker(Worker):
@@ -26,18 +24,16 @@ class NativeWorker(Worker):
     def __init__(self, model: NativeModel, facts: ModelFacts, group: RankGroup) -> None:
         assert group.world_size == 1
         self.model, self.facts, self.group = model, facts, group
+        self.overlaps = group.device.type == "cuda"
+
+    def launch(self, step: StepPlan) -> Tokens:
+        """Begin a step; see `Worker.launch`."""
+        return self.model.launch(step)
 
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
-        self.model.retire(step.retire)
-        if step.admit:
-            return self.model.prefill(step.admit)
-        return self.model.decode() if self.model.running else {}
+        return self.model.launch(step)()
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""
         self.model.replay(routes)
-
-    def has_room(self, tokens: Sequence[int], retiring: Sequence[int]) -> bool:
-        """Whether the cache has free pages; see `Worker.has_room`."""
-        return self.model.has_room(tokens, retiring)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -105,15 +106,13 @@ def test_a_batch_that_cannot_be_merged_runs_to_its_end(make: Make) -> None:
     assert 1 in {number for plan in worker.plans[: last + 1] for number in plan.retire}
 
 
-def test_prefill_is_limited_by_padded_tokens(make: Make) -> None:
-    worker = FakeWorker()
+def test_whole_batches_are_limited_by_padded_tokens(make: Make) -> None:
+    worker = FakeWorker(can_merge=False)
     engine = make(worker, max_prefill_tokens=12)
-    for length in (2, 3, 5, 1, 30, 1):
-        submit(engine, [5] * length, max_tokens=50)
-    worker.free_running = False
+    listeners = [submit(engine, [5] * length, max_tokens=1) for length in (2, 3, 5, 1, 30, 1)]
     engine.start()
-    worker.gate.release(6)
-    wait_until(lambda: engine.status().waiting == 0)
+    for listener in listeners:
+        listener.wait()
     # 3·2 fits, 5·3 doesn't; 5·2 fits, 30·3 doesn't; one that alone is too long goes alone.
     assert worker.admitted == [[0, 1], [2, 3], [4], [5]]
 
@@ -164,8 +163,8 @@ def test_seeds(make: Make) -> None:
     engine.start()
     wait_until(lambda: bool(worker.admitted))
     given, one, other = worker.plans[0].admit
-    assert (given.seed, given.temperature, given.top_p) == (7, 0.5, 0.9)
-    assert one.seed != other.seed
+    assert given.sampling == SamplingParameters(temperature=0.5, top_p=0.9, seed=7, max_tokens=16)
+    assert one.sampling.seed != other.sampling.seed
 
 
 def test_sequences_go_to_the_rank_that_has_the_fewest(make: Make) -> None:
@@ -240,7 +239,7 @@ def test_a_dead_rank_is_the_reason_not_what_it_breaks(make: Make) -> None:
 
 
 def test_shutdown_tells_open_requests_and_the_ranks(make: Make) -> None:
-    worker = FakeWorker()
+    worker = FakeWorker(world_size=2)
     worker.free_running = False
     engine = make(worker, max_sequences=1)
     running, waiting = submit(engine), submit(engine)
@@ -256,8 +255,8 @@ def test_shutdown_tells_open_requests_and_the_ranks(make: Make) -> None:
     for listener in (running, waiting):
         assert listener.wait()[-1] == TokenEvent(None, "error", "the server is shutting down")
         assert sum(event.finish_reason is not None for event in listener.events) == 1
-    assert worker.plans[-1].stop
-    assert not any(plan.stop for plan in worker.plans[:-1])
+    assert worker.sent[-1].stop
+    assert not any(plan.stop for plan in worker.sent[:-1])
     engine.fail("a rank that ends now is no failure")
     assert engine.status().failure is None
 
@@ -267,7 +266,7 @@ def test_an_idle_engine_sends_plans_before_the_ranks_time_out(make: Make) -> Non
     engine = make(worker, rank_timeout_s=1)
     engine.start()
     wait_until(lambda: len(worker.plans) >= 3)
-    gaps = [later - earlier for earlier, later in zip(worker.sent_at, worker.sent_at[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(worker.executed_at)]
     assert 0.1 < max(gaps) < 1, "neither too late nor all the time"
     assert all(plan == StepPlan() for plan in worker.plans)
 

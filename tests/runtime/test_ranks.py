@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from runtime.distributed import MESSAGE_BYTES, TEXT_BYTES, RankAddress, RankGroup, choose_device
 from runtime.errors import ModelError
 from runtime.launcher import LocalRanks
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.start import start_run
-from runtime.step_plan import Admission, StepPlan
+from runtime.step_plan import Admission, Piece, StepPlan
 
 HEADER = 8
 
@@ -31,16 +32,24 @@ HEADER = 8
             sequence=st.integers(0),
             tokens=st.lists(st.integers(0, 2**31), min_size=1, max_size=9),
             home=st.integers(0, 7),
-            temperature=st.floats(0, 2),
-            top_p=st.floats(0, 1, exclude_min=True),
-            seed=st.integers(-(2**63), 2**63 - 1),
+            sampling=st.builds(
+                SamplingParameters,
+                temperature=st.floats(0, 2),
+                top_p=st.floats(0, 1, exclude_min=True),
+                seed=st.integers(-(2**63), 2**63 - 1),
+            ),
+            pages=st.lists(st.integers(0, 99)),
+            cached=st.integers(0, 99),
         ),
         max_size=3,
     ),
+    grow=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 99))),
+    feed=st.lists(st.builds(Piece, st.integers(0, 9), st.integers(0, 99), st.integers(0, 99))),
+    decode=st.booleans(),
     stop=st.booleans(),
 )
-def test_step_plans_survive_json(retire: list[int], admit: list[Admission], stop: bool) -> None:
-    plan = StepPlan(retire, admit, stop)
+def test_step_plans_survive_json(**parts: Any) -> None:
+    plan = StepPlan(**parts)
     assert StepPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 

@@ -19,8 +19,12 @@ PROBABILITIES = [0.5, 0.25, 0.15, 0.1]
 LOGITS = torch.tensor(PROBABILITIES).log()
 
 
+def make(temperature: float, top_p: float, seed: int) -> Sampler:
+    return Sampler(SamplingParameters(temperature=temperature, top_p=top_p, seed=seed))
+
+
 def draw(count: int, *, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0) -> Counter[int]:
-    sampler = Sampler(temperature, top_p, seed)
+    sampler = make(temperature, top_p, seed)
     return Counter(sampler(LOGITS) for _ in range(count))
 
 
@@ -34,7 +38,7 @@ def test_nucleus(top_p: float, nucleus: set[int]) -> None:
 
 
 def test_nucleus_keeps_the_first_of_equal_tokens() -> None:
-    sampler = Sampler(1.0, 0.3, 0)
+    sampler = make(1.0, 0.3, 0)
     assert {sampler(torch.zeros(4)) for _ in range(200)} == {0, 1}
 
 
@@ -53,15 +57,15 @@ def test_distribution(temperature: float, top_p: float) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-6])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    sampler = Sampler(temperature, 1.0, 0)
+    sampler = make(temperature, 1.0, 0)
     assert sampler(torch.tensor([-1e4, 3.0, 2.999, 1e4])) == 3
     assert sampler(torch.tensor([-math.inf, 2.0, 1.0])) == 1
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
-    alone = Sampler(1.0, 0.95, 7)
+    alone = make(1.0, 0.95, 7)
     expected = [alone(LOGITS) for _ in range(50)]
-    mine, other = Sampler(1.0, 0.95, 7), Sampler(1.0, 0.95, 8)
+    mine, other = make(1.0, 0.95, 7), make(1.0, 0.95, 8)
     torch.manual_seed(123)
     together = [(mine(LOGITS), other(LOGITS)) for _ in range(50)]
     assert [first for first, _ in together] == expected
@@ -70,7 +74,7 @@ def test_draws_depend_on_the_seed_alone() -> None:
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])
 def test_every_accepted_seed_works(seed: int) -> None:
-    assert Sampler(1.0, 1.0, SamplingParameters(seed=seed).seed or 0)(LOGITS) in range(4)
+    assert make(1.0, 1.0, seed)(LOGITS) in range(4)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +103,6 @@ def test_logits_that_are_no_numbers_give_no_token() -> None:
     worker = RankWorker.__new__(RankWorker)
     worker.everyone_holds_all = True
     worker.group = SimpleNamespace(rank=0)  # type: ignore[assignment]
-    worker._samplers = {0: Sampler(0, 1, 0), 1: Sampler(1, 1, 0), 2: Sampler(1, 1, 0), 3: Sampler(0, 1, 0)}
+    worker._samplers = {row: make(temperature, 1.0, 0) for row, temperature in enumerate([0, 1, 1, 0])}
     logits = torch.tensor([[-math.inf, 1.0], [math.nan, 1.0], [math.inf, 1.0], [math.nan, 1.0]])
     assert worker._sample([0, 1, 2, 3], logits) == {0: 1, 1: NO_TOKEN, 2: NO_TOKEN, 3: NO_TOKEN}

@@ -12,8 +12,12 @@ from transformers import AutoConfig
 from runtime.native.families import read_shape
 from runtime.native.loading import load_decoder
 from runtime.native.model import NativeModel
+from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
-from runtime.step_plan import Admission
+from runtime.step_plan import Admission, StepPlan
+
+PAGE_SIZE = 16
+PAGES_EACH = 16  # of a sequence, so that 8 fit into the cache
 
 
 def native_model(
@@ -22,7 +26,7 @@ def native_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     slots: Sequence[int] | None = None,
-    page_size: int = 16,
+    page_size: int = PAGE_SIZE,
     graphs: bool = False,
     **settings: Any,
 ) -> NativeModel:
@@ -36,8 +40,27 @@ def native_model(
 
 
 def admission(number: int, prompt: Sequence[int], new_tokens: int) -> Admission:
-    """A greedy request."""
-    return Admission(number, list(prompt), 0, 0.0, 1.0, 0, new_tokens)
+    """A greedy request, with pages by its number."""
+    pages = -(-(len(prompt) + new_tokens) // PAGE_SIZE)
+    assert pages <= PAGES_EACH
+    first = number * PAGES_EACH
+    sampling = SamplingParameters(temperature=0, seed=0)
+    return Admission(number, list(prompt), 0, sampling, pages=list(range(first, first + pages)))
+
+
+def prefill(model: NativeModel, admissions: Sequence[Admission]) -> dict[int, int]:
+    """Feed whole prompts while what runs pauses; the first new tokens."""
+    return model.launch(StepPlan.prefill(admissions))()
+
+
+def decode(model: NativeModel) -> dict[int, int]:
+    """One token for every running sequence."""
+    return model.launch(StepPlan())()
+
+
+def retire(model: NativeModel, sequences: Sequence[int]) -> None:
+    """Drop sequences."""
+    model.launch(StepPlan(retire=list(sequences), decode=False))()
 
 
 class Recording:
@@ -48,9 +71,9 @@ class Recording:
         self.logits: dict[int, list[np.ndarray]] = {}
 
     def note(self, model: NativeModel, new: dict[int, int]) -> None:
-        """Add what a prefill or a step gave."""
-        assert model.logits is not None
-        for (sequence, token), row in zip(new.items(), model.logits.float().cpu().numpy(), strict=True):
+        """Add what a step gave."""
+        rows = torch.cat(model.logits).float().cpu().numpy()
+        for (sequence, token), row in zip(new.items(), rows, strict=True):
             self.tokens.setdefault(sequence, []).append(token)
             self.logits.setdefault(sequence, []).append(row.copy())
 
@@ -58,14 +81,13 @@ class Recording:
 def drive(model: NativeModel, prompts: Sequence[Sequence[int]], arrivals: Sequence[int], new_tokens: int) -> Recording:
     """Admit each prompt at its step and decode until all have so many tokens."""
     recording = Recording()
-    step, ended = 0, []
+    step = 0
     while len(recording.tokens) < len(prompts) or model.running:
-        model.retire(ended)
         due = [number for number, arrival in enumerate(arrivals[: len(prompts)]) if arrival == step]
         if due:
-            recording.note(model, model.prefill([admission(n, prompts[n], new_tokens) for n in due]))
+            recording.note(model, prefill(model, [admission(n, prompts[n], new_tokens) for n in due]))
         elif model.running:
-            recording.note(model, model.decode())
-        ended = [number for number in model.running if len(recording.tokens[number]) == new_tokens]
+            recording.note(model, decode(model))
+        retire(model, [number for number in model.running if len(recording.tokens[number]) == new_tokens])
         step += 1
     return recording

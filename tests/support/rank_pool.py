@@ -159,6 +159,7 @@ def _record_logits(worker: Any, result: Result) -> None:
 
 def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
     """Every rank derives the same plans from the job, as if rank 0 had sent them."""
+    from runtime.requests import SamplingParameters
     from runtime.step_plan import Admission, StepPlan
 
     retire: list[int] = []
@@ -170,10 +171,9 @@ def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
             due = []
         for number in due:
             del pending[number]
-        admit = [
-            Admission(n, job.prompts[n], 0 if worker.everyone_holds_all else n % world_size, 0.0, 1.0, 0) for n in due
-        ]
-        new = worker.execute(StepPlan(retire, admit))
+        homes = {n: 0 if worker.everyone_holds_all else n % world_size for n in due}
+        admit = [Admission(n, job.prompts[n], homes[n], SamplingParameters(temperature=0, seed=0)) for n in due]
+        new = worker.execute(StepPlan.prefill(admit, retire) if admit else StepPlan(retire))
         retire = []
         for sequence, token in new.items():
             result.tokens.setdefault(sequence, []).append(token)

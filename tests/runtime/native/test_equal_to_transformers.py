@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from runtime.native.model import NativeModel
-from tests.support.native import Recording, admission, drive, native_model
+from tests.support.native import Recording, admission, decode, drive, native_model, prefill, retire
 from tests.support.reference import greedy
 
 NEW_TOKENS = 64
@@ -40,7 +40,6 @@ def test_greedy_tokens_and_logits(family: str, saved_model: Callable[[str], str]
     recording = drive(model, prompts, ARRIVALS, NEW_TOKENS)
     for number, prompt in enumerate(prompts):
         check_equal(recording, number, *greedy(loaded(path), prompt, NEW_TOKENS))
-    assert model.pages.num_free == model.pages.num_pages
 
 
 def shuffled(path: str) -> list[int]:
@@ -86,17 +85,17 @@ def test_any_order_of_joining_and_leaving(
 ) -> None:
     path = saved_model(family)
     model = kept(path)
-    model.retire(model.running)
+    retire(model, model.running)
     recording = Recording()
     waiting = list(range(len(PROMPTS)))
     for name, argument in [("admit", 2), *operations, ("decode", 0)]:
         if name == "admit" and waiting:
             joining, waiting = waiting[:argument], waiting[argument:]
-            recording.note(model, model.prefill([admission(n, PROMPTS[n], 20) for n in joining]))
+            recording.note(model, prefill(model, [admission(n, PROMPTS[n], 20) for n in joining]))
         elif name == "retire" and model.running:
-            model.retire([model.running[argument % len(model.running)]])
+            retire(model, [model.running[argument % len(model.running)]])
         elif name == "decode" and model.running:
-            recording.note(model, model.decode())
+            recording.note(model, decode(model))
     for number, rows in recording.logits.items():
         tokens, logits = alone(path, number)
         np.testing.assert_allclose(np.stack(rows), logits[: len(rows)].numpy(), rtol=0, atol=TOLERANCE)

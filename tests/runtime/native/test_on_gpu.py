@@ -17,7 +17,7 @@ from kernels.permute import Permutation, permute
 from kernels.route import Routes
 from runtime.native import model as native
 from runtime.native.model import NativeModel
-from tests.support.native import Recording, admission, drive, native_model
+from tests.support.native import Recording, admission, decode, drive, native_model, prefill, retire
 from tests.support.plans import make_plan
 from tests.support.reference import greedy
 from tests.support.tiny_models import tiny_model
@@ -47,16 +47,15 @@ def rounded(model: NativeModel) -> NativeModel:
 
 def feed(model: NativeModel, tokens: list[list[int]]) -> list[np.ndarray]:
     """Prefill all prompts and feed given tokens instead of those sampled; logits ``[B, V]`` of every step."""
-    model.prefill([admission(number, prompt, STEPS + 1) for number, prompt in enumerate(PROMPTS)])
+    prefill(model, [admission(number, prompt, STEPS + 1) for number, prompt in enumerate(PROMPTS)])
     found = []
     for step in range(STEPS):
-        assert model.logits is not None
-        found.append(model.logits.float().cpu().numpy())
+        found.append(torch.cat(model.logits).float().cpu().numpy())
         for sequence, token in zip(model._sequences.values(), tokens[step], strict=True):
             sequence.token = token
         model._filled = None
-        model.decode()
-    model.retire(model.running)
+        decode(model)
+    retire(model, model.running)
     return found
 
 
@@ -126,15 +125,14 @@ def test_replayed_routes_reach_the_graph(saved_model: Callable[[str], str]) -> N
     layers = model.decoder.shape.num_layers
 
     def run(routes: torch.Tensor) -> list[torch.Tensor]:
-        model.prefill([admission(number, prompt, 5) for number, prompt in enumerate(PROMPTS[:3])])
+        prefill(model, [admission(number, prompt, 5) for number, prompt in enumerate(PROMPTS[:3])])
         model.replay(routes)
         found = []
         for _ in range(3):
-            model.decode()
-            assert model.logits is not None
-            found.append(model.logits.clone())
+            decode(model)
+            found.append(torch.cat(model.logits))
         model.replay(None)
-        model.retire(model.running)
+        retire(model, model.running)
         return found
 
     ids = torch.tensor([[4, 1], [2, 6], [7, 0]], dtype=torch.int32).expand(3, layers, 3, 2).contiguous()

@@ -17,7 +17,7 @@ from kernels.route import Routes
 from profiler.errors import InputError
 from profiler.trace_format import TraceWriter
 from runtime.replay import active_experts, route_source
-from tests.support.native import admission, native_model
+from tests.support.native import admission, decode, native_model, prefill, retire
 from tests.support.plans import make_plan
 
 PROMPTS = [[5, 6, 7, 8, 9], [100, 11], [20, 21, 22]]
@@ -81,17 +81,16 @@ def test_replaying_a_models_own_routes_changes_nothing(family: str, saved_model:
     layers = model.decoder.shape.num_layers
 
     def run(routes: torch.Tensor | None, seen: list[Routes] | None = None) -> list[torch.Tensor]:
-        model.prefill([admission(number, prompt, STEPS + 1) for number, prompt in enumerate(PROMPTS)])
+        prefill(model, [admission(number, prompt, STEPS + 1) for number, prompt in enumerate(PROMPTS)])
         model.replay(routes)
         if seen is not None:
             model.decoder.replace_routes = lambda _, *chosen: (seen.append(chosen[0]), chosen)[1]
         found = []
         for _ in range(STEPS):
-            model.decode()
-            assert model.logits is not None
-            found.append(model.logits.clone())
+            decode(model)
+            found.append(torch.cat(model.logits))
         model.replay(None)
-        model.retire(model.running)
+        retire(model, model.running)
         return found
 
     seen: list[Routes] = []

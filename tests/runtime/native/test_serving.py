@@ -17,7 +17,7 @@ from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.worker_interface import ModelFacts
 from tests.support.fake_worker import Listener, wait_until
-from tests.support.native import admission, native_model
+from tests.support.native import native_model
 from tests.support.reference import greedy
 from tests.support.tiny_models import tiny_model
 
@@ -31,8 +31,8 @@ def start(saved_model: Callable[[str], str]) -> Iterator[Start]:
 
     def run(model: NativeModel | None = None, eos: tuple[int, ...] = ()) -> Engine:
         model = model or native_model(saved_model("qwen3_moe"))
-        group = cast(Any, SimpleNamespace(world_size=1, broadcast_json=lambda message: None))
-        facts = ModelFacts("native", 128, torch.float32, model.max_context, eos)
+        group = cast(Any, SimpleNamespace(world_size=1, device=torch.device("cpu")))
+        facts = ModelFacts("native", 128, torch.float32, model.max_context, eos, cache=model.cache_size)
         engine = Engine(NativeWorker(model, facts, group), EngineSettings(), eos, model.max_context)
         engines.append(engine)
         engine.start()
@@ -65,30 +65,13 @@ def test_a_sequence_ends_in_the_middle_and_the_others_go_on(start: Start) -> Non
     assert second.events[-1].finish_reason == "length"
 
 
-def test_requests_wait_for_room_and_impossible_ones_are_refused(
-    start: Start, saved_model: Callable[[str], str]
-) -> None:
-    model = native_model(saved_model("qwen3_moe"), cache_tokens=64)
-    engine = start(model)
+def test_what_can_never_fit_is_refused(start: Start, saved_model: Callable[[str], str]) -> None:
+    engine = start(native_model(saved_model("qwen3_moe"), cache_tokens=64))
     with pytest.raises(InputError, match="at most 64 in all"):
         submit(engine, PROMPT, max_tokens=60)
-    listeners = [submit(engine, PROMPT, max_tokens=40) for _ in range(3)]  # 3 of 4 pages each
-    expected, _ = greedy(tiny_model("qwen3_moe"), PROMPT, 40)
-    assert [tokens_of(listener) for listener in listeners] == [expected] * 3
-    wait_until(lambda: model.pages.num_free == 4)
-
-
-def test_more_than_fits_is_refused_before_anything_runs(saved_model: Callable[[str], str]) -> None:
-    model = native_model(saved_model("qwen3_moe"), cache_tokens=64, max_sequences=2)
-    for admissions in (
-        [admission(0, PROMPT, 60)],
-        [admission(number, PROMPT, 40) for number in range(2)],
-        [admission(number, PROMPT, 1) for number in range(3)],
-    ):
-        with pytest.raises(InputError, match="expected at most 2, of 64 tokens each and 64 in the free part"):
-            model.prefill(admissions)
-        assert not model.running
-        assert model.pages.num_free == 4
+    expected, _ = greedy(tiny_model("qwen3_moe"), PROMPT, 59)
+    assert tokens_of(submit(engine, PROMPT, max_tokens=59)) == expected
+    wait_until(lambda: engine.status().cache_usage == 0)
 
 
 def test_sampling_is_repeatable_and_independent_of_the_batch(start: Start) -> None:
