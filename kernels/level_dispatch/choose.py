@@ -1,7 +1,9 @@
 """Triton functions of the rule `level`: serving experts one after another, and paths from a busy GPU to an idle one.
 
-Both work on scalars, which every thread holds: a step in the order of experts then takes some thirty cycles, where a
-reduction over a vector of GPUs would take hundreds. At most eight GPUs; sets of GPUs are bits of an integer.
+Experts are served with one GPU in each lane of a warp, whose minimum is one instruction, so that a step in their order
+takes some forty cycles. Paths are found with scalars: sets of GPUs are bits of an integer. At most eight GPUs.
+
+Shape suffix: L lanes of a warp.
 """
 
 from __future__ import annotations
@@ -11,24 +13,13 @@ import triton.language as tl
 
 FAR = tl.constexpr(1 << 24)  # beyond every load
 SPLIT_BIT = tl.constexpr(8)  # of an expert's sixteen bits: served by all of its GPUs
+HOLDERS = tl.constexpr(255)  # the bits of its GPUs
 GPUS = tl.constexpr(8)
+LANES = tl.constexpr(32)  # those beyond the GPUs hold nothing
 
 
 @triton.jit
-def offered(key, field, GPU: tl.constexpr):
-    """The key of a GPU that may serve the expert, else one beyond all keys."""
-    return tl.where((field >> GPU) & 1 != 0, key, FAR)
-
-
-@triton.jit
-def served(key, field, best, GPU: tl.constexpr):
-    """The key of a GPU after the expert was served by the best one, or by all of its GPUs."""
-    serves = (key == best) | ((field >> SPLIT_BIT) & 1 != 0)
-    return tl.where(serves & ((field >> GPU) & 1 != 0), key + GPUS, key)
-
-
-@triton.jit
-def serve(field, k0, k1, k2, k3, k4, k5, k6, k7):
+def serve(field, keys_L):
     """Serve one expert, whose holders are the field's low bits; none where they are 0.
 
     A GPU's key is its number of active experts times eight, plus its id: the least key is the GPU to take.
@@ -36,27 +27,11 @@ def serve(field, k0, k1, k2, k3, k4, k5, k6, k7):
     Returns:
         The GPU, and the new keys.
     """
-    best = tl.minimum(
-        tl.minimum(
-            tl.minimum(offered(k0, field, 0), offered(k1, field, 1)),
-            tl.minimum(offered(k2, field, 2), offered(k3, field, 3)),
-        ),
-        tl.minimum(
-            tl.minimum(offered(k4, field, 4), offered(k5, field, 5)),
-            tl.minimum(offered(k6, field, 6), offered(k7, field, 7)),
-        ),
-    )
-    return (
-        best % GPUS,
-        served(k0, field, best, 0),
-        served(k1, field, best, 1),
-        served(k2, field, best, 2),
-        served(k3, field, best, 3),
-        served(k4, field, best, 4),
-        served(k5, field, best, 5),
-        served(k6, field, best, 6),
-        served(k7, field, best, 7),
-    )
+    lanes = tl.arange(0, LANES)
+    holds_L = ((field & HOLDERS) >> lanes) & 1 != 0
+    best = tl.min(tl.where(holds_L, keys_L, FAR), 0)
+    serves_L = holds_L & ((keys_L == best) | ((field >> SPLIT_BIT) & 1 != 0))
+    return best % GPUS, tl.where(serves_L, keys_L + GPUS, keys_L)
 
 
 @triton.jit

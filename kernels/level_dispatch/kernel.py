@@ -1,6 +1,7 @@
 """Triton kernel of the rule `level`: one program chooses a copy for every active expert of a step.
 
-Shape legend: T tokens, K choices per token, N = T·K pairs, E experts padded to a power of two, G = 8 GPUs.
+Shape legend: T tokens, K choices per token, N = T·K pairs, E experts padded to a power of two, G = 8 GPUs,
+L lanes of a warp, one for each GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from kernels.launch import overlap, power_of_two
 from kernels.level_dispatch import table as tables
-from kernels.level_dispatch.choose import GPUS, SPLIT_BIT, serve, shortest_path
+from kernels.level_dispatch.choose import GPUS, LANES, SPLIT_BIT, serve, shortest_path
 from kernels.level_dispatch.table import DispatchTable
 
 LARGEST_BLOCK = 1024
@@ -37,6 +38,21 @@ def count_pairs(ids, num_pairs, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
+def count_singles(active_E, holders_E):
+    """Active experts without a choice on every GPU, int32 ``[L]``; four GPUs are counted in one sum."""
+    lanes = tl.arange(0, LANES)
+    low_E = tl.zeros_like(holders_E).to(tl.int64)
+    high_E = low_E
+    for gpu in tl.static_range(4):
+        low_E |= ((holders_E >> gpu) & 1).to(tl.int64) << (16 * gpu)
+        high_E |= ((holders_E >> (gpu + 4)) & 1).to(tl.int64) << (16 * gpu)
+    low = tl.sum(tl.where(active_E, low_E, 0), 0)
+    high = tl.sum(tl.where(active_E, high_E, 0), 0)
+    counts_L = ((tl.where(lanes < 4, low, high) >> (16 * (lanes % 4))) & 0xFFFF).to(tl.int32)
+    return tl.where(lanes < GPUS, counts_L, 0)
+
+
+@triton.jit
 def move_along(path, gpu_E, holders_E, experts):
     """On every edge of a path, move the expert with the lowest id that has a copy at the edge's end."""
     start = (path & 15) - 1
@@ -52,51 +68,45 @@ def move_along(path, gpu_E, holders_E, experts):
 
 
 @triton.jit
-def level_out(gpu_E, loads_G, holders_E, experts, num_gpus):
+def level_out(gpu_E, loads_L, holders_E, experts, num_gpus):
     """Move experts along shortest paths of alternative copies while that lowers a GPU above the least possible."""
     gpus = tl.arange(0, GPUS)
-    least = (tl.sum(loads_G, 0) + num_gpus - 1) // num_gpus
-    open_GPUs = tl.sum(tl.where(loads_G > least, 1 << gpus, 0), 0)  # above the least, not tried since the last move
+    lanes = tl.arange(0, LANES)
+    real_L = lanes < num_gpus
+    least = (tl.sum(tl.where(real_L, loads_L, 0), 0) + num_gpus - 1) // num_gpus
+    open_GPUs = tl.sum(tl.where(real_L & (loads_L > least), 1 << lanes, 0), 0)  # above the least, not tried yet
     while open_GPUs != 0:
         placed_GE = gpu_E[None, :] == gpus[:, None]
         bytes_G = tl.reduce(tl.where(placed_GE, holders_E[None, :], 0), 1, _union)
         adjacency = tl.sum(bytes_G.to(tl.int64) << (8 * gpus), 0)
         path = adjacency * 0
         while (open_GPUs != 0) & (path == 0):
-            is_open_G = (open_GPUs >> gpus) & 1 != 0
-            busiest = tl.max(tl.where(is_open_G, loads_G * GPUS + GPUS - 1 - gpus, -1), 0)
+            is_open_L = (open_GPUs >> lanes) & 1 != 0
+            busiest = tl.max(tl.where(is_open_L, loads_L * GPUS + GPUS - 1 - lanes, -1), 0)
             source = GPUS - 1 - busiest % GPUS
             open_GPUs = open_GPUs & ~((source * 0 + 1) << source)
-            relief_G = (loads_G <= busiest // GPUS - 2) & (gpus < num_gpus)
-            path = shortest_path(source, tl.sum(tl.where(relief_G, 1 << gpus, 0), 0), adjacency)
+            relief_L = real_L & (loads_L <= busiest // GPUS - 2)
+            path = shortest_path(source, tl.sum(tl.where(relief_L, 1 << lanes, 0), 0), adjacency)
         if path != 0:
             source = ((path & 15) - 1).to(tl.int32)
             gpu_E, target = move_along(path, gpu_E, holders_E, experts)
-            loads_G += (gpus == target).to(tl.int32) - (gpus == source).to(tl.int32)
-            open_GPUs = tl.sum(tl.where(loads_G > least, 1 << gpus, 0), 0)
+            loads_L += (lanes == target).to(tl.int32) - (lanes == source).to(tl.int32)
+            open_GPUs = tl.sum(tl.where(real_L & (loads_L > least), 1 << lanes, 0), 0)
     return gpu_E
 
 
 @triton.jit
-def serve_in_order(fields, words, choices, loads_G, first, last):
+def serve_in_order(words, choices, loads_L, first, last):
     """Serve the experts with several copies one after another; keeps each one's GPU.
 
     Args:
-        fields: sixteen bits per place in the order, as `serve` takes them; read as 64-bit ``words``.
+        words: int64, four fields of sixteen bits each, as `serve` takes them, by place in the order.
         choices: int32, four bits per place are written, eight places to a word.
-        loads_G: active experts of every GPU before.
+        loads_L: active experts of every GPU before.
         first: place of the first such expert.
         last: after the last one.
     """
-    gpus = tl.arange(0, GPUS)
-    k0 = tl.sum(tl.where(gpus == 0, loads_G, 0), 0) * GPUS
-    k1 = tl.sum(tl.where(gpus == 1, loads_G, 0), 0) * GPUS + 1
-    k2 = tl.sum(tl.where(gpus == 2, loads_G, 0), 0) * GPUS + 2
-    k3 = tl.sum(tl.where(gpus == 3, loads_G, 0), 0) * GPUS + 3
-    k4 = tl.sum(tl.where(gpus == 4, loads_G, 0), 0) * GPUS + 4
-    k5 = tl.sum(tl.where(gpus == 5, loads_G, 0), 0) * GPUS + 5
-    k6 = tl.sum(tl.where(gpus == 6, loads_G, 0), 0) * GPUS + 6
-    k7 = tl.sum(tl.where(gpus == 7, loads_G, 0), 0) * GPUS + 7
+    keys_L = loads_L * GPUS + tl.arange(0, LANES)
     begin = first // GROUP
     low = tl.load(words + begin * 2)
     high = tl.load(words + begin * 2 + 1)
@@ -108,14 +118,12 @@ def serve_in_order(fields, words, choices, loads_G, first, last):
             for place in tl.static_range(GROUP):
                 word = low if place < 4 else high
                 field = (word >> (16 * (place % 4))).to(tl.int32) & 0xFFFF
-                gpu, k0, k1, k2, k3, k4, k5, k6, k7 = serve(field, k0, k1, k2, k3, k4, k5, k6, k7)
+                gpu, keys_L = serve(field, keys_L)
                 chosen |= gpu << (4 * place)
             tl.store(choices + group, chosen)
         low = next_low
         high = next_high
-    loads_G = tl.where(gpus == 0, k0, tl.where(gpus == 1, k1, tl.where(gpus == 2, k2, tl.where(gpus == 3, k3, 0))))
-    loads_G += tl.where(gpus == 4, k4, tl.where(gpus == 5, k5, tl.where(gpus == 6, k6, tl.where(gpus == 7, k7, 0))))
-    return loads_G // GPUS
+    return keys_L // GPUS
 
 
 @triton.jit
@@ -177,14 +185,14 @@ def level_kernel(
     tl.store(fields + places_E, field_E.to(tl.int16), mask=real_E)
     tl.debug_barrier()
     bits_GE = (holders_E[None, :] >> gpus[:, None]) & 1
-    loads_G = tl.sum(tl.where((single_E & (counts_E > 0))[None, :], bits_GE, 0), 1)
-    loads_G = serve_in_order(fields, words, choices, loads_G, num_single, num_experts)
+    loads_L = count_singles(single_E & (counts_E > 0), holders_E)
+    loads_L = serve_in_order(words, choices, loads_L, num_single, num_experts)
     tl.debug_barrier()
     served_E = tl.load(choices + places_E // GROUP, mask=field_E != 0, other=0)
     gpu_E = (served_E >> (4 * (places_E % GROUP))) & 15
     gpu_E = tl.where(single_E, tl.sum(bits_GE * gpus[:, None], 0), gpu_E)
     gpu_E = tl.where(counts_E == 0, INACTIVE, tl.where(split_E, SPLIT, gpu_E))
-    gpu_E = level_out(gpu_E, loads_G, holders_E, experts, num_gpus)
+    gpu_E = level_out(gpu_E, loads_L, holders_E, experts, num_gpus)
     tl.store(chosen + experts, gpu_E, mask=real_E)
     if slots is not None:
         tl.debug_barrier()
