@@ -18,7 +18,7 @@ from kernels.level_dispatch.reference import (
 from kernels.level_dispatch.runs import slots_of_choices
 from kernels.level_dispatch.table import MOST_GPUS, DispatchTable
 
-__all__ = ["INACTIVE", "SPLIT", "DispatchTable", "dispatch_tokens", "level_dispatch", "level_slots"]
+__all__ = ["INACTIVE", "MOST_GPUS", "SPLIT", "DispatchTable", "dispatch_tokens", "level_dispatch", "level_slots"]
 
 MOST_PAIRS = 8192  # that one program counts and lays out; with more, all multiprocessors do it
 

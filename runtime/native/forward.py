@@ -7,21 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import linear, silu
 
 from kernels.combine import combine
 from kernels.grouped_gemm import down, gate_up
-from kernels.permute import Permutation
+from kernels.level_dispatch import level_slots
+from kernels.permute import Permutation, permute
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_cache import rope_cache
-from kernels.route import Routes
+from kernels.route import Routes, route
 from kernels.route_permute import route_permute
 from kernels.skinny_linear import skinny_linear
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
 from runtime.native.mla import LatentCache, latent_queries
+from runtime.native.ranks import Ranks
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
 
 # layer, rotated queries [T, H, d] -> values [T, H, …]
@@ -41,6 +44,7 @@ class Decoder:
         rotary: float32 ``[positions, 2, r/2]`` for r rotated entries of a head.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
+        ranks: that the layers are shared with; None where this one has all.
     """
 
     shape: DecoderShape
@@ -48,6 +52,7 @@ class Decoder:
     cache: PagedCache | LatentCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
+    ranks: Ranks | None = None
 
 
 def run_layers(
@@ -71,7 +76,8 @@ def run_layers(
     for number, layer in enumerate(layers):
         q = _queries(decoder, number, normed, positions, slot_index)
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
-        residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, shape.eps)
+        finish = add_rms_norm if decoder.ranks is None else decoder.ranks.finish_attention
+        residual, normed = finish(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
         residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
     return normed
@@ -109,32 +115,37 @@ def _feed_forward(
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
     pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
-    return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
+    finish = combine if decoder.ranks is None else decoder.ranks.finish_experts
+    return finish(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
 def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
     """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
     routing = shape.routing
-    dtype = torch.float32 if routing.float32 else None
-    return route_permute(
-        skinny_linear(normed, experts.router, experts.router_bias, dtype),
-        len(experts.gate_up),
-        top_k=shape.top_k,
-        scoring=routing.scoring,
-        renormalise=shape.renormalise,
-        scale=routing.scale,
-        bias=experts.correction,
-        num_groups=routing.num_groups,
-        top_groups=routing.top_groups,
-        group_score=routing.group_score,
-        slot_of_expert=experts.slot_of_expert,
-    )
+    logits = skinny_linear(normed, experts.router, experts.router_bias, torch.float32 if routing.float32 else None)
+    scoring: dict[str, Any] = {
+        "top_k": shape.top_k,
+        "scoring": routing.scoring,
+        "renormalise": shape.renormalise,
+        "scale": routing.scale,
+        "bias": experts.correction,
+        "num_groups": routing.num_groups,
+        "top_groups": routing.top_groups,
+        "group_score": routing.group_score,
+    }
+    if experts.dispatch is None:
+        return route_permute(logits, len(experts.gate_up), slot_of_expert=experts.slot_of_expert, **scoring)
+    ids, _, weights = route(logits, **scoring)
+    slots = level_slots(ids, experts.dispatch)
+    return Routes(ids, slots, weights), permute(slots, len(experts.gate_up))
 
 
 def run_experts(
     shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, permutation: Permutation
 ) -> torch.Tensor:
-    """Outputs of this rank's slots for every pair, not yet weighted, ``[T·K, D]``."""
+    """Outputs of this rank's slots for every pair, not yet weighted, ``[T·K, D]``; undefined for other ranks' pairs."""
+    if not len(experts.gate_up):
+        return normed.new_empty((len(normed) * shape.top_k, shape.width))
     inner = gate_up(normed, experts.gate_up, permutation, shape.top_k, shape.activation, experts.gate_up_bias)
     return down(inner, experts.down, permutation, experts.down_bias)
 

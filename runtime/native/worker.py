@@ -11,18 +11,17 @@ from runtime.worker_interface import ModelFacts, Tokens, Worker
 
 
 class NativeWorker(Worker):
-    """Executes step plans on one rank that has all experts.
+    """Executes step plans; several ranks execute the same ones and find the same tokens.
 
     Args:
         model: with this rank's weights.
         facts: about the model.
-        group: of one rank.
+        group: all ranks.
     """
 
     everyone_holds_all = True
 
     def __init__(self, model: NativeModel, facts: ModelFacts, group: RankGroup) -> None:
-        assert group.world_size == 1
         self.model, self.facts, self.group = model, facts, group
         self.overlaps = group.device.type == "cuda"
 

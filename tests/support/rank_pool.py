@@ -38,6 +38,10 @@ class Job:
     dtype: str = "float32"
     random_weights: bool = False
 
+    def run(self, group: Any) -> Result:
+        """Execute this in one of the ranks, on the universal path."""
+        return _run_job(self, group)
+
 
 @dataclass
 class Result:
@@ -74,8 +78,8 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, job: Job) -> list[Result]:
-        """Execute a job; every rank's result, or the first rank's traceback as an error."""
+    def run(self, job: Any) -> list[Any]:
+        """Execute a `Job` or another of its kind; every rank's result, or the first rank's traceback as an error."""
         for pipe in self._pipes:
             pipe.send(job)
         results = []
@@ -119,7 +123,7 @@ def _rank_main(rank: int, world_size: int, port: int, device: str, pipe: Any) ->
     while True:
         job = pipe.recv()
         try:
-            pipe.send(_run_job(job, group))
+            pipe.send(job.run(group))
         except Exception:  # noqa: BLE001 - the parent raises it
             pipe.send(traceback.format_exc())
 
