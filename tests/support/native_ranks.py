@@ -5,6 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers import AutoConfig
+
+from placement.plan import PlacementPlan
+from runtime.native.families import read_shape
+from runtime.native.loading import load_decoder
+from runtime.native.model import NativeModel
+from runtime.native.ranks import Ranks
+from runtime.settings import EngineSettings
+from runtime.worker import local_slots
 from tests.support.native import PAGE_SIZE, Recording, drive
 
 
@@ -34,17 +44,10 @@ class NativeJob:
 
     def run(self, group: Any) -> Recording:
         """Execute this in one of the ranks."""
-        import torch
-        from transformers import AutoConfig
+        return drive(self.load(group), self.prompts, self.arrivals, self.new_tokens)
 
-        from placement.plan import PlacementPlan
-        from runtime.native.families import read_shape
-        from runtime.native.loading import load_decoder
-        from runtime.native.model import NativeModel
-        from runtime.native.ranks import Ranks
-        from runtime.settings import EngineSettings
-        from runtime.worker import local_slots
-
+    def load(self, group: Any) -> NativeModel:
+        """This rank's part of the model."""
         plan, dtype = PlacementPlan.from_dict(self.plan), getattr(torch, self.dtype)
         config = AutoConfig.from_pretrained(self.model)
         shape = read_shape(config)
@@ -54,5 +57,4 @@ class NativeJob:
         slots = local_slots(plan, group.rank)
         decoder = load_decoder(self.model, config, shape, slots, dtype, group.device, settings, PAGE_SIZE, ranks)
         ranks.place(decoder.weights, plan)
-        model = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, self.graphs)
-        return drive(model, self.prompts, self.arrivals, self.new_tokens)
+        return NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, self.graphs)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ from tests.support.native_ranks import NativeJob
 from tests.support.plans import make_plan
 from tests.support.rank_pool import RankPool
 
+GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+ROOT = Path(__file__).resolve().parents[3]
 NEW_TOKENS = 6
 GENERATOR = random.Random(0)
 PROMPTS = [[GENERATOR.randrange(4, 120) for _ in range(length)] for length in (5, 17, 30)]
@@ -76,6 +81,40 @@ def test_heads_are_shared_out(family: str, world: int, ranks: int, saved_model: 
             assert total == shape.num_heads
             covered[start : start + local] += 1
     assert (covered == (1 if ranks > 1 else world)).all()
+
+
+@GPUS
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v2_lite"])
+def test_same_on_two_gpus(family: str, gpu_pool: RankPool, saved_model: Callable[[str], str]) -> None:
+    path = saved_model(family)
+    expected = drive(native_model(path, device="cuda", graphs=True), PROMPTS, ARRIVALS, NEW_TOKENS)
+    plan = make_plan(path, "replicated", 2).to_dict()
+    for dtype in ("float32", "bfloat16"):
+        job = NativeJob(path, plan, PROMPTS, ARRIVALS, NEW_TOKENS, dtype, graphs=True)
+        one, other = gpu_pool.run(job)
+        for number in range(len(PROMPTS)):
+            logits = np.stack(one.logits[number])
+            np.testing.assert_array_equal(np.stack(other.logits[number]), logits)
+            assert np.isfinite(logits).all()
+            if dtype == "float32":
+                np.testing.assert_allclose(logits, np.stack(expected.logits[number]), rtol=0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def gpu_pool() -> Iterator[RankPool]:
+    pool = RankPool(2, "cuda")
+    yield pool
+    pool.close()
+
+
+@GPUS
+@pytest.mark.gpu
+def test_ten_thousand_steps_with_delays(saved_model: Callable[[str], str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command += ["tests.support.native_soak", saved_model("qwen3_moe"), "10000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def pieces_of_queries(shape: DecoderShape, share: HeadShare) -> list[tuple[int, int]]:
