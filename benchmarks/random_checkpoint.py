@@ -2,8 +2,7 @@
 
     python -m benchmarks.random_checkpoint --shape qwen3-30b-a3b --tokenizer examples/demo-moe FOLDER
 
-Weights are drawn once per layer's worth of numbers and shifted from layer to layer: reading them takes as long as
-reading a trained model's.
+Every file has the same numbers: reading them takes as long as reading a trained model's.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 
 SHAPES = Path(__file__).parent / "shapes"
 STANDARD_DEVIATION = 0.02
+ONE = b"\x80\x3f"  # in bfloat16
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -57,8 +57,9 @@ def write_checkpoint(shape: str, folder: Path, tokenizer: Path, device: str) -> 
     for number, name, size in tensor_shapes(config):
         files.setdefault(f"model-{number // 4:05}.safetensors", []).append((name, size))
     longest = max(sum(prod(size) for _, size in tensors) for tensors in files.values())
-    numbers = torch.empty(longest, dtype=torch.bfloat16, device=device).normal_(0, STANDARD_DEVIATION)
-    with ThreadPoolExecutor(4) as pool:
+    drawn = torch.empty(longest, dtype=torch.bfloat16, device=device).normal_(0, STANDARD_DEVIATION).cpu()
+    numbers = memoryview(drawn.view(torch.uint8).numpy().data)
+    with ThreadPoolExecutor(8) as pool:
         written = list(pool.map(lambda file: _write_file(folder / file[0], file[1], numbers), files.items()))
     index = {"weight_map": {name: file for file, tensors in files.items() for name, _ in tensors}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -69,8 +70,8 @@ def write_checkpoint(shape: str, folder: Path, tokenizer: Path, device: str) -> 
     return sum(written)
 
 
-def _write_file(path: Path, tensors: list[tuple[str, tuple[int, ...]]], numbers: torch.Tensor) -> int:
-    """One safetensors file: its header, then all tensors in one copy into the mapped file."""
+def _write_file(path: Path, tensors: list[tuple[str, tuple[int, ...]]], numbers: memoryview) -> int:
+    """One safetensors file: its header, then the numbers of all tensors; norms are 1."""
     header: dict[str, Any] = {}
     end = 0
     for name, size in tensors:
@@ -80,13 +81,11 @@ def _write_file(path: Path, tensors: list[tuple[str, tuple[int, ...]]], numbers:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    mapped = torch.from_file(str(path), shared=True, size=4 + len(text) // 2 + end // 2, dtype=torch.bfloat16)
-    mapped[4 + len(text) // 2 :].copy_(numbers[: end // 2])
-    for name, size in tensors:
-        if "norm" in name:
-            start = 4 + len(text) // 2 + header[name]["data_offsets"][0] // 2
-            mapped[start : start + prod(size)] = 1
+        file.write(numbers[:end])
+        for name, size in tensors:
+            if "norm" in name:
+                file.seek(8 + len(text) + header[name]["data_offsets"][0])
+                file.write(ONE * prod(size))
     return end
 
 

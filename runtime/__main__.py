@@ -51,7 +51,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 def _serve(flags: argparse.Namespace) -> int:
     from conf import compose
     from runtime.serve import serve
-    from runtime.settings import EngineSettings, ServerSettings
+    from runtime.server_settings import ServerSettings
+    from runtime.settings import EngineSettings
 
     _prepare(flags)
     config = compose("serve", flags.overrides)

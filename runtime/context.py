@@ -21,9 +21,13 @@ class StepContext:
         forced_routes: for tests and benchmarks: called with the layer index, this rank's routes ``[T, K]`` (ids and
             weights of real tokens) are replaced by what it returns.
         on_routes: called with the layer index and this rank's final routes, before dispatch.
+        row_values: width of the hidden states that the experts take.
+        row_bytes: of one such hidden state.
     """
 
     valid: torch.Tensor | None = None
     tokens_per_rank: list[int] = field(default_factory=list)
     forced_routes: Callable[[int, Routes], Routes] | None = None
     on_routes: Callable[[int, Routes], None] | None = None
+    row_values: int = 0
+    row_bytes: int = 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from profiler.errors import InputError
 from runtime.requests import EngineError, EngineStatus, QueueFull, SamplingParameters, StepTime, TokenEvent
 from runtime.scheduler import Scheduler
 from runtime.settings import EngineSettings
+from runtime.step_meter import StepMeter
 from runtime.step_plan import StepPlan
 from runtime.waiting import Request
 from runtime.worker_interface import NO_TOKEN, Tokens, Worker
@@ -41,12 +41,16 @@ class Engine:
         settings: limits of a step.
         eos_token_ids: tokens that end a sequence.
         max_context: the most tokens of one sequence, prompt and generated.
+
+    Attributes:
+        meter: of its steps and of the load of the experts' slots.
     """
 
     def __init__(
         self, worker: Worker, settings: EngineSettings, eos_token_ids: Sequence[int], max_context: int
     ) -> None:
         self.max_context = max_context
+        self.meter = StepMeter(worker.take_load)
         self._worker, self._settings = worker, settings
         self._eos = frozenset(eos_token_ids)
         self._numbers = itertools.count()
@@ -81,14 +85,13 @@ class Engine:
                 f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens}: expected at least one prompt "
                 f"token and at most {self.max_context} in all; shorten the prompt or ask for fewer"
             )
-        if sampling.seed is None:
-            sampling = replace(sampling, seed=random.getrandbits(62))
         with self._changed:
             if self._failure is not None or self._stopping:
                 raise EngineError(self._failure or "the engine is shutting down")
             waiting = len(self._scheduler.waiting)
             if waiting >= self._settings.max_waiting:
                 raise QueueFull(f"{waiting} requests are waiting, as many as may; try again later", self._retry_after())
+            sampling = sampling.resolved(self._eos)
             request = Request(next(self._numbers), prompt, len(prompt), sampling, on_event, user)
             self._open[request.number] = request
             self._scheduler.add(request)
@@ -193,6 +196,8 @@ class Engine:
                 self._finish(step)
             with self._changed:
                 self._hand_out()
+            if not self._open:
+                self.meter.idle()
 
     def _plan_ahead(self) -> StepPlan | None:
         """The next step, where it can be planned without the tokens of the one under way."""
@@ -225,11 +230,12 @@ class Engine:
     def _finish(self, step: _Step) -> None:
         """Wait for a step's tokens; end the requests that are done."""
         tokens = step.tokens()
+        step_time = StepTime(time.perf_counter() - step.start_s, step.batch, step.prompt_tokens)
+        self.meter.stepped(step_time, len(tokens))
         with self._changed:
             if step.batch:
                 self._decode_steps += 1
-                seconds = time.perf_counter() - step.start_s
-                self._step_times.append(StepTime(seconds, step.batch, step.prompt_tokens))
+                self._step_times.append(step_time)
             for number, token in tokens.items():
                 request = self._scheduler.running.get(number)
                 if request is not None:
@@ -244,10 +250,12 @@ class Engine:
         self._generated += 1
         self._scheduler.note(request, token)
         first, sampling = request.num_generated == 1, request.sampling
-        if token in self._eos and not sampling.ignore_eos:
+        if token in sampling.stop_token_ids:
             event = TokenEvent(None, "stop")
         else:
-            event = TokenEvent(token, "length" if request.num_generated >= sampling.max_tokens else None)
+            event = TokenEvent(token, None, logprobs=self._worker.logprobs.get(request.number))
+            if request.num_generated >= sampling.max_tokens:
+                event = replace(event, finish_reason="length")
         if first:
             event = replace(event, queued_s=request.queued_s, cached_tokens=request.cached)
         if event.finish_reason is None:

@@ -94,6 +94,7 @@ class ExpertShard:
         """Drop-in for the family's own forward: same shapes and dtype in and out, padding yields zeros."""
         context = self.context
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        context.row_values, context.row_bytes = hidden.shape[1], hidden.shape[1] * hidden.element_size()
         valid = context.valid
         routes = (top_k_index, top_k_weights)
         if valid is not None:

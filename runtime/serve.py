@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 from placement.plan import PlacementPlan
 from runtime.engine import Engine
 from runtime.errors import first_line
-from runtime.settings import EngineSettings, ServerSettings
+from runtime.server_settings import ServerSettings
+from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, load_tokenizer, start_run
 
 logger = logging.getLogger(__name__)
+
+EXIT_S = 29  # after a signal; see `runtime.server_settings.MAX_DRAIN_S`
 
 
 def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> int:
@@ -23,18 +27,35 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
     if int(os.environ.get("RANK", "0")) != 0:
         return follow(plan, model, settings)
 
-    from runtime.server import bind_socket, create_app, run_server
+    from runtime.server import Placement, bind_socket, create_app, run_server, set_up_logs
+
+    set_up_logs(server.log_format)
 
     listening = bind_socket(server.host, server.port)
     tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
     engine = run.start_engine(settings)
     name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
-    app = create_app(engine, tokenizer, name, int(time.time()))
+    app = create_app(
+        engine,
+        tokenizer,
+        name,
+        int(time.time()),
+        Placement(plan, engine.meter, settings.exchange),
+        api_key=server.api_key,
+        cors_origins=server.cors_origins,
+    )
     watch_ranks(run, engine)
     engine.start()
     try:
-        failure = run_server(app, listening, engine, on_ready=lambda url: logger.info("serving %s on %s", name, url))
+        failure = run_server(
+            app,
+            listening,
+            engine,
+            grace_seconds=server.drain_timeout_s,
+            on_ready=lambda url: logger.info("serving %s on %s", name, url),
+            on_signal=lambda: end_in_time(run),
+        )
         if failure is not None:
             abort(run, failure)
     finally:
@@ -60,6 +81,14 @@ def watch_ranks(run: Run, engine: Engine) -> None:
     """From now on a rank that dies takes the engine down instead of the process, so that clients are told."""
     if run.ranks is not None:
         run.ranks.on_death = engine.fail
+
+
+def end_in_time(run: Run) -> None:
+    """From now on this process has `EXIT_S` to end, whatever hangs."""
+    reason = f"stopping took more than {EXIT_S} s; the ranks are killed"
+    timer = threading.Timer(EXIT_S, abort, (run, reason))
+    timer.daemon = True
+    timer.start()
 
 
 def abort(run: Run, failure: str) -> None:

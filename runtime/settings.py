@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 
-from runtime.errors import InputError, ModelError
+from runtime.errors import ModelError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_TIMEOUT_S = 86400
@@ -88,26 +88,3 @@ class EngineSettings(Settings):
         if self.dtype == "auto":
             return "auto" if device.type == "cuda" else torch.float32
         return DTYPES[self.dtype]
-
-
-@dataclass(frozen=True)
-class ServerSettings(Settings):
-    """Where a plan is served, and under what name.
-
-    Attributes:
-        host: name or address to listen on.
-        port: to listen on; 0 takes a free one.
-        served_model_name: what ``/v1/models`` calls the model; None takes the model's folder name or hub id.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    served_model_name: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.host, str):
-            raise InputError(f"host={self.host}: expected a name or an address of this machine")
-        if type(self.port) is not int:
-            raise InputError(f"port={self.port}: expected an integer from 0 to 65535")
-        if self.served_model_name is not None and not isinstance(self.served_model_name, str):
-            raise InputError(f"served_model_name={self.served_model_name}: expected text")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from runtime.engine import Engine
 from runtime.errors import InputError, ModelError, one_line
 from runtime.exchange import EXCHANGES
 from runtime.launcher import LocalRanks
+from runtime.native.families import NotNativeError, read_shape
 from runtime.native.loading import choose_native, load_native
 from runtime.random_weights import random_shard
 from runtime.settings import EngineSettings
@@ -92,12 +94,22 @@ def load_plan(path: str, settings: EngineSettings) -> tuple[PlacementPlan, str]:
 def _moe_shape(model: str) -> tuple[list[int], int, int]:
     """MoE layers, experts and choices per token of a model, from its configuration alone."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from profiler.seam import find_moe_layers
 
     try:
         config = AutoConfig.from_pretrained(model)
+        if torch.cuda.is_available():  # the native path may do without the modelling code, whose import takes seconds
+            with suppress(NotNativeError):
+                shape = read_shape(config)
+                return (
+                    [layer for layer, routed in enumerate(shape.moe_layers) if routed],
+                    shape.num_experts,
+                    shape.top_k,
+                )
+        from transformers import AutoModelForCausalLM
+
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except (

@@ -17,7 +17,7 @@ class Admission:
         sequence: its number, unique among those that run.
         tokens: the prompt's token ids, and those that it generated before it was preempted.
         home: the rank that samples it (and, in ``alltoall``, that alone holds its cache).
-        sampling: of its tokens; the seed is a number.
+        sampling: of its tokens, resolved by `SamplingParameters.resolved`.
         generated: how many of ``tokens``, at their end, the sequence generated before it was preempted.
         pages: native path: of its cache, with room for all of ``tokens``.
         cached: how many of ``tokens``, at their start, the pages hold already.
@@ -85,7 +85,7 @@ class StepPlan:
         return StepPlan(
             retire=list(message["retire"]),
             admit=[
-                Admission(**admission | {"sampling": SamplingParameters(**admission["sampling"])})
+                Admission(**admission | {"sampling": SamplingParameters.from_json(admission["sampling"])})
                 for admission in message["admit"]
             ],
             grow=[(sequence, page) for sequence, page in message["grow"]],

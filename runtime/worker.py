@@ -16,9 +16,12 @@ from runtime.context import Routes, StepContext
 from runtime.distributed import RankGroup
 from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
+from runtime.load import DispatchLoad, Load
+from runtime.logprobs import gather_logprobs
+from runtime.requests import TokenLogprobs
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, Piece, StepPlan
-from runtime.worker_interface import NO_TOKEN, ModelFacts, Worker, eos_token_ids
+from runtime.worker_interface import ModelFacts, Worker, eos_token_ids
 
 
 class RankWorker(Worker):
@@ -40,49 +43,77 @@ class RankWorker(Worker):
         self.layers = report.layers
         # Only in ``alltoall`` can a rank be without sequences.
         self._empty_calls = [] if self.everyone_holds_all else _record_empty_calls(self.model, self.layers)
-        install_shards(report, plan, group, exchange, self.context)
+        self._load = DispatchLoad(plan, exchange, self.context, group.device) if group.rank == 0 else None
+        install_shards(report, plan, group, exchange, self.context, self._load)
         self.homes: dict[int, int] = {}  # every sequence that decodes, in the order in which they came to
         self.last_token: dict[int, int] = {}
         self._prompts: dict[int, Admission] = {}  # of the sequences that don't yet
         self._begun: dict[int, SequenceBatch] = {}  # of those that this rank holds, whose prompts are fed in pieces
-        self._samplers: dict[int, Sampler] = {}
+        self._sampler = Sampler()
+        self._asked: dict[int, int] = {}  # how many log-probabilities each sequence wants with its tokens
+        self._logprobs: dict[int, TokenLogprobs] = {}
         self._batch: SequenceBatch | None = None
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""
         self.context.forced_routes = None if routes is None else _Replay(routes)
 
+    @property
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Of the last step's tokens; see `Worker.logprobs`."""
+        return self._logprobs
+
+    def take_load(self) -> Load | None:
+        """What rank 0 saw dispatched; see `Worker.take_load`."""
+        return None if self._load is None else self._load.take()
+
+    def _end_pass(self, decoding: bool) -> None:
+        if self._load is not None:
+            self._load.end_pass(decoding)
+
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""
+        self._logprobs = {}
         self._retire(step.retire)
         decoding = dict(self.homes) if step.decode else {}
-        self._prompts.update((admission.sequence, admission) for admission in step.admit)
+        self._admit(step.admit)
         started: dict[int, int] = {}
         sampled: dict[int, int] = {}
         joining: list[SequenceBatch] = []
         for pieces in self._passes(step.feed):
             sampled |= self._feed(pieces, joining)
+            self._end_pass(decoding=False)
             for piece in pieces:
                 if piece.stop == len(self._prompts[piece.sequence].tokens):
                     started[piece.sequence] = self._prompts.pop(piece.sequence).home
         if decoding:
             self._count_tokens(dict.fromkeys(decoding, 1), decoding)
             sampled |= self._decode()
+            self._end_pass(decoding=True)
         for batch in joining:
             self._join(batch)
         self.homes |= started
         taking_part = started | decoding
         tokens = self._share(sampled, taking_part) if taking_part else {}
+        self._share_logprobs(taking_part)
         self.last_token.update(tokens)
         return tokens
 
     def _holds(self, home: int) -> bool:
         return self.everyone_holds_all or home == self.group.rank
 
+    def _admit(self, admissions: list[Admission]) -> None:
+        for admission in admissions:
+            self._prompts[admission.sequence] = admission
+            self._sampler.admit(admission)
+            if admission.sampling.logprobs is not None:
+                self._asked[admission.sequence] = admission.sampling.logprobs
+
     def _retire(self, sequences: list[int]) -> None:
-        held: list[dict[int, Any]] = [self.homes, self.last_token, self._samplers, self._prompts, self._begun]
+        held: list[dict[int, Any]] = [self.homes, self.last_token, self._asked, self._prompts, self._begun]
         for sequence, of_sequences in itertools.product(sequences, held):
             of_sequences.pop(sequence, None)
+        self._sampler.retire(sequences)
         if self._batch is not None and sequences:
             rows = [row for row, sequence in enumerate(self._batch.sequences) if sequence in self.homes]
             if not rows:
@@ -121,8 +152,6 @@ class RankWorker(Worker):
         if not whole:
             self._begun[first.sequence] = batch
             return {}
-        for each in admissions:
-            self._samplers[each.sequence] = Sampler(each.sampling)
         joining.append(batch)
         return self._sample(batch.sequences, logits)
 
@@ -151,12 +180,8 @@ class RankWorker(Worker):
     def _sample(self, sequences: list[int], logits: torch.Tensor) -> dict[int, int]:
         if self.everyone_holds_all and self.group.rank != 0:
             return {}
-        # One round trip to the device for the whole batch. NaN is the greatest value to max, too.
-        greedy = logits.argmax(dim=-1).masked_fill(~logits.amax(dim=-1).isfinite(), NO_TOKEN).tolist()
-        tokens = {}
-        for row, (sequence, token) in enumerate(zip(sequences, greedy, strict=True)):
-            sampler = self._samplers[sequence]
-            tokens[sequence] = token if sampler.temperature == 0 or token == NO_TOKEN else sampler(logits[row])
+        tokens, logprobs = self._sampler.choose(sequences, logits)
+        self._logprobs |= logprobs
         return tokens
 
     def _share(self, sampled: dict[int, int], homes: dict[int, int]) -> dict[int, int]:
@@ -172,6 +197,12 @@ class RankWorker(Worker):
             seq: row[place] for members, row in zip(by_rank, rows, strict=True) for place, seq in enumerate(members)
         }
         return {sequence: found[sequence] for sequence in homes}
+
+    def _share_logprobs(self, homes: dict[int, int]) -> None:
+        """Rank 0 learns the log-probabilities of this step's tokens."""
+        asked = {sequence: self._asked[sequence] for sequence in homes if sequence in self._asked}
+        if asked and not self.everyone_holds_all:
+            self._logprobs = gather_logprobs(self.group, self._logprobs, asked, homes)
 
 
 class _Replay:
@@ -219,9 +250,14 @@ def local_slots(plan: PlacementPlan, rank: int) -> dict[int, tuple[int, ...]]:
 
 
 def install_shards(
-    report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str, context: StepContext
+    report: LoadReport,
+    plan: PlacementPlan,
+    group: RankGroup,
+    exchange: str,
+    context: StepContext,
+    load: DispatchLoad | None = None,
 ) -> None:
-    """Give every experts module of the model its sharded forward."""
+    """Give every experts module of the model its sharded forward, whose dispatch ``load`` watches."""
     mode = EXCHANGES[exchange](group)
     position = {layer: index for index, layer in enumerate(plan.layer_ids)}
     for layer in report.layers:
@@ -231,5 +267,7 @@ def install_shards(
             slot_of_expert[expert] = slot
         copies = torch.as_tensor(plan.copies(index)).long().to(group.device)
         rule = DispatchRule(copies, group.world_size, plan.dispatch.split_above_tokens)
+        if load is not None:
+            rule = load.watch(index, rule)
         shard = ExpertShard(index, slot_of_expert.to(group.device), rule, mode, context, group.rank)
         shard.install(layer.experts)

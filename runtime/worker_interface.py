@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from runtime.distributed import RankGroup
+from runtime.load import Load
+from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 
 Tokens = Callable[[], dict[int, int]]  # waits for the new tokens of a step
@@ -91,6 +93,11 @@ class Worker(ABC):
     everyone_holds_all: bool
     overlaps = False
 
+    @property
+    @abstractmethod
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """On rank 0, by sequence: of the tokens asked for last, as far as their requests want them."""
+
     @abstractmethod
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step.
@@ -111,6 +118,10 @@ class Worker(ABC):
         Args:
             routes: logical ids, int32 ``[steps, MoE layers, sequences, K]``; None routes as usual again.
         """
+
+    def take_load(self) -> Load | None:
+        """Work of all slots since the last call; None on ranks that do not know it. Called between steps."""
+        return None
 
     def serve(self) -> None:
         """Follow rank 0's plans until it says stop (ranks other than 0)."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from runtime.errors import ModelError, one_line
+from runtime.native.staging import Staging
 from runtime.native.weights import Part
 
 NUM_THREADS = 8
@@ -72,19 +74,45 @@ def _copy_parts(file: Path, parts: Sequence[Part]) -> None:
 
     if not parts:
         return
-    with safe_open(file, framework="pt") as tensors:
+    device = parts[0].destination.device
+    with safe_open(file, framework="pt") as tensors, _stage(device) as staging:
         for part in parts:
             row = part.row  # either way only the mapped file is touched, and only where it is copied from
             if part.piece is not None:
                 source = _read_piece(tensors.get_slice(part.name), part)
             else:
                 source = tensors.get_tensor(part.name) if row is None else tensors.get_slice(part.name)[row]
-            if part.arrange is not None:
-                source = part.arrange(source.to(part.destination.device))
-            if source.shape != part.destination.shape:
-                found, expected = list(source.shape), list(part.destination.shape)
-                raise ModelError(f"{part.name}: shape {found}, expected {expected}; config.json is of another model")
-            part.destination.copy_(source)
+            if staging is None or (part.arrange is None and source.dtype == part.destination.dtype):
+                _place(part, source, staging)
+                continue
+            uploaded = torch.empty_like(source, device=device)
+            staging.copy(source, uploaded)
+            _place(part, uploaded, None)
+
+
+@contextmanager
+def _stage(device: torch.device) -> Iterator[Staging | None]:
+    """A thread's way to a GPU, on whose stream everything runs until all has arrived; None on a CPU."""
+    if device.type != "cuda":
+        yield None
+        return
+    staging = Staging(device)
+    with torch.cuda.stream(staging.stream):
+        yield staging
+    staging.stream.synchronize()
+
+
+def _place(part: Part, source: torch.Tensor, staging: Staging | None) -> None:
+    """Put a tensor of the checkpoint where it belongs."""
+    if part.arrange is not None:
+        source = part.arrange(source)
+    if source.shape != part.destination.shape:
+        found, expected = list(source.shape), list(part.destination.shape)
+        raise ModelError(f"{part.name}: shape {found}, expected {expected}; config.json is of another model")
+    if staging is None:
+        part.destination.copy_(source)
+    else:
+        staging.copy(source, part.destination)
 
 
 def _read_piece(tensor: Any, part: Part) -> torch.Tensor:

@@ -21,6 +21,7 @@ from kernels.rope_cache import rope_cache
 from kernels.route import Routes, route
 from kernels.route_permute import route_permute
 from kernels.skinny_linear import skinny_linear
+from runtime.load import SlotCounter
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
 from runtime.native.mla import LatentCache, latent_queries
@@ -45,6 +46,7 @@ class Decoder:
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
         ranks: that the layers are shared with; None where this one has all.
+        load: counts the pairs of every slot, where that is wanted.
     """
 
     shape: DecoderShape
@@ -53,10 +55,16 @@ class Decoder:
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
     ranks: Ranks | None = None
+    load: SlotCounter | None = None
 
 
 def run_layers(
-    decoder: Decoder, tokens: torch.Tensor, positions: torch.Tensor, slot_index: torch.Tensor, attend: Attend
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    slot_index: torch.Tensor,
+    attend: Attend,
+    decoding: bool = False,
 ) -> torch.Tensor:
     """Feed tokens through all layers; their keys and values go into the cache.
 
@@ -66,6 +74,7 @@ def run_layers(
         positions: int32 ``[T]``.
         slot_index: where each token is cached, ``page * page_size + offset``, int64 ``[T]``; -1 caches nothing.
         attend: attention over the cache.
+        decoding: whether this is a decode step, for the counts of active experts.
 
     Returns:
         Hidden states after the last norm ``[T, D]``.
@@ -80,6 +89,8 @@ def run_layers(
         residual, normed = finish(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
         residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
+    if decoder.load is not None:
+        decoder.load.end_pass(decoding, slot_index)
     return normed
 
 
@@ -114,6 +125,8 @@ def _feed_forward(
     routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
+    if decoder.load is not None:
+        decoder.load.note(routes.slots)
     pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
     finish = combine if decoder.ranks is None else decoder.ranks.finish_experts
     return finish(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)

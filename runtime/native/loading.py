@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from placement.plan import PlacementPlan
 from runtime.distributed import RankGroup
 from runtime.errors import ModelError, one_line
+from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
@@ -132,17 +135,24 @@ def load_native(
         dtype = getattr(config, "dtype", None) or torch.bfloat16
     ranks = Ranks.meet(shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
     slots = local_slots(plan, group.rank)
-    decoder = load_decoder(model, config, shape, slots, dtype, device, settings, ranks=ranks)
+    decoder, fill = make_decoder(model, config, shape, slots, dtype, device, settings, ranks=ranks)
     if ranks is not None:
         ranks.place(decoder.weights, plan)
-    loaded_s = time.perf_counter()
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
-    if device.type == "cuda" and capture:
-        native.capture(settings.max_sequences)
+    with ThreadPoolExecutor(1) as pool:
+        # The steps are captured while the weights are read: compiling takes processors, reading takes the disk.
+        filling = pool.submit(_timed, fill)
+        captured_s = 0.0
+        if device.type == "cuda" and capture:
+            if settings.weights == "random":  # drawn on the stream that a capture must not meet
+                filling.result()
+            captured_s = _timed(lambda: native.capture(settings.max_sequences))
+        filled_s = filling.result()
     logger.info(
-        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
-        loaded_s - start_s,
-        time.perf_counter() - loaded_s,
+        "weights in %.1f s, graphs in %.1f s, both in %.1f s; the cache holds %d tokens, at most %d for one sequence",
+        filled_s,
+        captured_s,
+        time.perf_counter() - start_s,
         decoder.cache.num_tokens,
         native.max_context,
     )
@@ -152,7 +162,14 @@ def load_native(
     return NativeWorker(native, facts, group)
 
 
-def load_decoder(
+def _timed(work: Callable[[], None]) -> float:
+    """Do it, and say how many seconds it took."""
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def make_decoder(
     model: str,
     config: Any,
     shape: DecoderShape,
@@ -162,8 +179,8 @@ def load_decoder(
     settings: EngineSettings,
     page_size: int = PAGE_SIZE,
     ranks: Ranks | None = None,
-) -> Decoder:
-    """Weights, cache and rotary table of this rank.
+) -> tuple[Decoder, Callable[[], None]]:
+    """Cache, rotary table and weights of this rank, all zero, and what reads or draws the weights.
 
     Args:
         model: directory or hub id.
@@ -181,10 +198,6 @@ def load_decoder(
     weights, parts = allocate(shape, slots, dtype, device)
     if ranks is not None:
         parts = [ranks.share.part_of(part) for part in parts]
-    if settings.weights == "random":
-        fill_with_random(parts)
-    else:
-        fill_from_checkpoint(model, parts)
     tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
     if ranks is not None:
         tokens = ranks.least(tokens)
@@ -195,7 +208,13 @@ def load_decoder(
         size = tokens * shape.kv_values_per_token * dtype.itemsize >> 20
         raise ModelError(f"cache_tokens={tokens}: {size} MiB of keys and values do not fit; give fewer") from error
     positions = min(shape.max_positions, cache.num_tokens)
-    return Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), ranks=ranks)
+    counter = (
+        SlotCounter(sum(shape.moe_layers), max(map(len, slots.values())), device) if any(shape.moe_layers) else None
+    )
+    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), ranks=ranks, load=counter)
+    if settings.weights == "random":
+        return decoder, lambda: fill_with_random(parts)
+    return decoder, lambda: fill_from_checkpoint(model, parts)
 
 
 def step_reads(decoder: Decoder) -> StepReads:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn.functional import linear
 
 from kernels.sample import sample
+from runtime.load import Load
 from runtime.native.forward import Decoder
 from runtime.native.new_tokens import NewTokens
 from runtime.native.prefill import prefill
 from runtime.native.replayed_routes import ReplayedRoutes
 from runtime.native.rows import Rows, RunningSequence
 from runtime.native.step import GraphedStep, decode_step
+from runtime.sampling import Sampler
 from runtime.step_plan import Admission, Piece, StepPlan
 from runtime.worker_interface import NO_TOKEN, CacheSize
 
@@ -49,7 +51,9 @@ class NativeModel:
         self._filled: Rows | None = None  # rows that hold the running sequences as they stand
         self._unknown: NewTokens | None = None  # of the step launched last, if they are not known yet
         self._graphs: dict[tuple[int, int, bool], GraphedStep] | None = {} if graphs else None
+        self._sampler = Sampler()  # chooses again for sequences that ask for more than the step's own sampling
         self._replayed: ReplayedRoutes | None = None
+        self._steps = 0  # since the load was taken
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
     @property
@@ -60,24 +64,33 @@ class NativeModel:
     def launch(self, step: StepPlan) -> NewTokens:
         """Begin a step; on a GPU it goes on by itself."""
         self._retire(step.retire)
-        self._prompts.update((admission.sequence, admission) for admission in step.admit)
+        self._admit(step.admit)
         self._grow(step.grow)
         decoding = dict(self._sequences) if step.decode else {}
         self.logits = []
-        started, sampled = self._feed(step.feed) if step.feed else ({}, [])
+        new = NewTokens(self.decoder.rotary.device)
+        started = self._feed(step.feed, new) if step.feed else {}
         if decoding:
-            sampled.append(self._decode(list(decoding.values())))
+            self._decode(decoding, new)
         if started:
             self._sequences |= started
             self._filled = None
-        self._unknown = NewTokens(started | decoding, sampled, self.decoder.rotary.device)
-        return self._unknown
+        new.copy()
+        self._unknown = new
+        return new
+
+    def _admit(self, admissions: Sequence[Admission]) -> None:
+        for admission in admissions:
+            self._prompts[admission.sequence] = admission
+            if admission.sampling.changes_logits or admission.sampling.logprobs is not None:
+                self._sampler.admit(admission)
 
     def _retire(self, sequences: Sequence[int]) -> None:
         for sequence in sequences:
             if self._sequences.pop(sequence, None) is not None:
                 self._filled = None
             self._prompts.pop(sequence, None)
+        self._sampler.retire(sequences)
 
     def _grow(self, grow: Sequence[tuple[int, int]]) -> None:
         """Add pages to sequences, and to their rows, if these are laid out."""
@@ -94,8 +107,8 @@ class NativeModel:
                 self._filled.set_pages(*zip(*new, strict=True))
 
     @torch.inference_mode()
-    def _feed(self, pieces: Sequence[Piece]) -> tuple[dict[int, RunningSequence], list[torch.Tensor]]:
-        """Feed pieces of prompts; the sequences whose prompts end, and their first tokens."""
+    def _feed(self, pieces: Sequence[Piece], new: NewTokens) -> dict[int, RunningSequence]:
+        """Feed pieces of prompts; the sequences whose prompts end."""
         hidden = prefill(self.decoder, self._prompts, pieces, self.max_prefill_tokens)
         started: dict[int, RunningSequence] = {}
         for piece in pieces:
@@ -104,19 +117,23 @@ class NativeModel:
                 pages = list(admission.pages)
                 started[piece.sequence] = RunningSequence(pages, len(admission.tokens), 0, admission.sampling)
         if not started:
-            return started, []
+            return started
         logits = linear(hidden, self.decoder.weights.head)
         self.logits.append(logits)
         rows = Rows.empty(len(started), 1, hidden.device)
         rows.fill(list(started.values()))
         chosen = sample(logits, rows.temperature, rows.seeds, rows.positions, rows.top_p)
-        return started, [chosen.where(logits.amax(dim=-1).isfinite(), NO_TOKEN)]
+        chosen = chosen.where(logits.amax(dim=-1).isfinite(), NO_TOKEN)
+        self._sampler.choose_again(list(started), logits, chosen)
+        new.add(started, chosen, *self._sampler.take_in(list(started), logits, chosen))
+        return started
 
-    def _decode(self, running: Sequence[RunningSequence]) -> torch.Tensor:
-        """Feed every sequence's newest token; the next ones ``[B]``, which the next step overwrites."""
+    def _decode(self, decoding: Mapping[int, RunningSequence], new: NewTokens) -> None:
+        """Feed every sequence's newest token."""
+        numbers, running = list(decoding), list(decoding.values())
         num_rows = bucket_of(len(running), self.max_sequences)
         num_pages = self._num_pages(max(sequence.position for sequence in running) + 1)
-        nucleus = any(sequence.sampling.top_p < 1 for sequence in running)
+        nucleus = any(each.sampling.top_p < 1 and not each.sampling.changes_logits for each in running)
         step = self._step(num_rows, num_pages, nucleus)
         rows = self._rows[num_rows, num_pages]
         if rows is not self._filled:
@@ -126,10 +143,22 @@ class NativeModel:
             self._filled = rows
         if self._replayed is not None:
             self._replayed.advance()
-        self.logits.append(step()[: len(running)])
+        logits, sampled = step()[: len(running)], rows.sampled[: len(running)]
+        self.logits.append(logits)
+        if self._sampler.choose_again(numbers, logits, sampled):
+            rows.feed_sampled(len(running))
+        new.add(decoding, sampled, *self._sampler.take_in(numbers, logits, sampled))
+        self._steps += 1
         for sequence in running:
             sequence.position += 1
-        return rows.sampled[: len(running)]
+
+    def take_load(self) -> Load | None:
+        """Work of this rank's slots since the last call."""
+        if self.decoder.load is None:
+            return None
+        pairs, active = (totals[:, None] for totals in self.decoder.load.take())
+        steps, self._steps = self._steps, 0
+        return Load(pairs, active, steps)
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take the experts of the next decode steps from routes ``[S, L, T, K]``; None ends that."""

@@ -25,7 +25,7 @@ class RunningSequence:
         pages: that it holds, in order.
         position: of ``token``, which is fed next.
         token: its newest.
-        sampling: of its tokens; the seed is a number.
+        sampling: of its tokens, resolved.
     """
 
     pages: list[int]
@@ -104,6 +104,12 @@ class Rows:
         where = torch.empty((3, len(rows)), dtype=torch.int64, device=self.page_table.device)
         _upload(where, [rows, columns, pages])
         self.page_table[where[0], where[1]] = where[2].int()
+
+    def feed_sampled(self, num_sequences: int) -> None:
+        """Feed what ``sampled`` has now to the first rows; further ones go on repeating the first."""
+        tokens = self.sampled.clamp(min=0)
+        self.tokens[:num_sequences] = tokens[:num_sequences]
+        self.tokens[num_sequences:] = tokens[0]
 
     def slot_index(self, page_size: int) -> torch.Tensor:
         """Where this step's keys and values are cached, int64 ``[B]``; -1 for padding."""

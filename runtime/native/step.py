@@ -47,7 +47,7 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
             decoder.weights.layers[layer].sinks,
         )
 
-    hidden = run_layers(decoder, rows.tokens, rows.positions, rows.slot_index(cache.page_size), attend)
+    hidden = run_layers(decoder, rows.tokens, rows.positions, rows.slot_index(cache.page_size), attend, decoding=True)
     logits = linear(hidden, decoder.weights.head)
     chosen = sample(logits, rows.temperature, rows.seeds, lengths, rows.top_p if nucleus else None)
     rows.tokens.copy_(chosen)
@@ -72,7 +72,8 @@ class GraphedStep:
         # because the matrix library keeps a workspace for every stream that it has run on.
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may be copying weights: their calls don't concern this capture.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:

@@ -176,18 +176,19 @@ class _Room:
         self.dtype, self.device = dtype, device
         self.parts: list[Part] = []
 
-    def empty(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+    def zeros(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Not just any numbers: steps are captured, and so run once, while the checkpoint is still being read."""
+        return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
 
     def take(self, name: str, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A tensor that is one of the checkpoint's."""
-        tensor = self.empty(*size, dtype=dtype)
+        tensor = self.zeros(*size, dtype=dtype)
         self.parts.append(Part(name, tensor))
         return tensor
 
     def join(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> torch.Tensor:
         """Several of the checkpoint's tensors below each other."""
-        tensor = self.empty(sum(rows), *columns)
+        tensor = self.zeros(sum(rows), *columns)
         self.parts += [Part(name, view) for name, view in zip(names, tensor.split(list(rows)), strict=True)]
         return tensor
 
@@ -266,13 +267,13 @@ def _allocate_mlp(room: _Room, prefix: str, inner: int, width: int) -> MlpWeight
 
 def _allocate_experts(room: _Room, shape: DecoderShape, prefix: str, held: Sequence[int]) -> ExpertWeights:
     inner, width = shape.expert_width, shape.width
-    gate_up, down = room.empty(len(held), 2 * inner, width), room.empty(len(held), width, inner)
+    gate_up, down = room.zeros(len(held), 2 * inner, width), room.zeros(len(held), width, inner)
     slot_of_expert = torch.full((shape.num_experts,), -1, dtype=torch.int32)
     for slot, expert in enumerate(held):
         slot_of_expert[expert] = slot
     gate_up_bias = down_bias = None
     if shape.family == "gpt_oss":
-        gate_up_bias, down_bias = room.empty(len(held), 2 * inner), room.empty(len(held), width)
+        gate_up_bias, down_bias = room.zeros(len(held), 2 * inner), room.zeros(len(held), width)
         room.parts += _gpt_oss_parts(f"{prefix}.mlp.experts", held, (gate_up, gate_up_bias, down, down_bias))
         router = f"{prefix}.mlp.router"
     else:

@@ -9,10 +9,11 @@ from weakref import WeakSet
 
 from jinja2 import TemplateError
 
-from runtime.requests import EngineProtocol, SamplingParameters
+from runtime.requests import EngineError, SamplingParameters
 from runtime.server.detokenizer import DetokenizerFactory
 from runtime.server.errors import ApiError, bad_request, quote
 from runtime.server.generation import Generation, Submission
+from runtime.server.metered_engine import MeteredEngine
 from runtime.server.parameters import refuse_unsupported
 from runtime.server.schemas import ChatMessage, GenerationRequest, Prompt
 
@@ -26,14 +27,14 @@ class ServerContext:
     """One served model.
 
     Args:
-        engine: takes tokens, gives tokens.
+        engine: takes tokens, gives tokens, and is timed.
         tokenizer: the model's own.
         model_name: the name that requests give.
         created: Unix time in s that ``/v1/models`` reports.
     """
 
     def __init__(
-        self, engine: EngineProtocol, tokenizer: PreTrainedTokenizerBase, model_name: str, created: int
+        self, engine: MeteredEngine, tokenizer: PreTrainedTokenizerBase, model_name: str, created: int
     ) -> None:
         self.engine = engine
         self.model_name = model_name
@@ -45,6 +46,9 @@ class ServerContext:
         self._encoding = asyncio.Lock()
         # Weak: a generation ends with its answer, whichever way that goes.
         self._generations: WeakSet[Generation] = WeakSet()
+        # Why no more requests are taken, once they are not.
+        self.stopping: str | None = None
+        self._aborted: str | None = None
 
     def check(self, body: GenerationRequest, num_prompts: int) -> None:
         """Refuse a request for another model, for too many choices, or for what this server does not have.
@@ -77,15 +81,10 @@ class ServerContext:
             ApiError: 400, for a token id that the model does not have, or a prompt of no tokens.
         """
         if isinstance(prompt, str):
-            async with self._encoding:
-                token_ids = await asyncio.to_thread(self._encode, prompt, True)
+            token_ids = await self.encode(prompt, add_special_tokens=True)
         else:
             token_ids = prompt
-            for token_id in prompt:
-                if not 0 <= token_id < self._vocabulary_size:
-                    raise bad_request(
-                        f"prompt: token id {token_id} is not within 0..{self._vocabulary_size - 1}", "prompt"
-                    )
+            self.check_token_ids(prompt, "prompt")
         if not token_ids:
             raise bad_request("prompt: it has no tokens; give at least one character", "prompt")
         return token_ids
@@ -96,20 +95,47 @@ class ServerContext:
         Raises:
             ApiError: 400, if there is no template or it does not take these messages.
         """
+        token_ids = await self.encode(await self.render_chat(messages), add_special_tokens=False)
+        if not token_ids:
+            raise bad_request("messages: the chat template makes no tokens of them; say something", "messages")
+        return token_ids
+
+    async def render_chat(self, messages: Sequence[ChatMessage], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, with the beginning of an answer if that is wanted.
+
+        Raises:
+            ApiError: 400, if there is no template or it does not take these messages.
+        """
         if self._tokenizer.chat_template is None:
             text = f"the tokenizer of {quote(self.model_name)} has no chat template; use /v1/completions"
             raise bad_request(text, "messages", "no_chat_template")
         conversation = [{"role": message.role, "content": message.content} for message in messages]
         async with self._encoding:
             try:
-                text = await asyncio.to_thread(self._render, conversation)
+                return await asyncio.to_thread(self._render, conversation, add_generation_prompt)
             except (TemplateError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise bad_request(f"messages: the chat template refuses them: {reason}", "messages") from error
-            token_ids = await asyncio.to_thread(self._encode, text, False)
-        if not token_ids:
-            raise bad_request("messages: the chat template makes no tokens of them; say something", "messages")
-        return token_ids
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+        async with self._encoding:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        async with self._encoding:
+            return await asyncio.to_thread(self._decode, list(token_ids))
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The vocabulary's entries for token ids."""
+        return [str(token) for token in self._tokenizer.convert_ids_to_tokens(list(token_ids))]
+
+    def check_token_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise ApiError 400 for a token id that the model does not have."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocabulary_size:
+                raise bad_request(f"{param}: token id {token_id} is not within 0..{self._vocabulary_size - 1}", param)
 
     def generate(
         self,
@@ -128,8 +154,10 @@ class ServerContext:
 
         Raises:
             ApiError: 400, if a prompt with its tokens is longer than the context.
-            EngineError: the engine is down.
+            EngineError: the engine is down, or the server about to end.
         """
+        if self._aborted is not None:
+            raise EngineError(self._aborted)
         submissions = [
             Submission(prompt, self._sampling(body, self._room(len(prompt), max_tokens, default_tokens), copy))
             for prompt in prompts
@@ -140,7 +168,8 @@ class ServerContext:
         return generation
 
     def abort_generations(self, reason: str) -> None:
-        """End every running generation by an error; called on the event loop."""
+        """End every running generation by an error, and take no more; called on the event loop."""
+        self._aborted = reason
         for generation in list(self._generations):
             generation.abort(reason)
 
@@ -173,5 +202,11 @@ class ServerContext:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def _render(self, conversation: list[dict[str, str]]) -> str:
-        return str(self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+
+    def _render(self, conversation: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        text = self._tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(text)

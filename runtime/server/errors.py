@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +12,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from runtime.requests import EngineError
+from runtime.requests import EngineError, QueueFull
 
 INVALID_REQUEST = "invalid_request_error"
+RATE_LIMIT = "rate_limit_error"
 SERVER_ERROR = "server_error"
 
 _shortener = reprlib.Repr()
@@ -28,10 +30,19 @@ class ApiError(HTTPException):
         message: one line: what was given, what is expected, the remedy.
         param: the request's field at fault, if one is.
         code: a word for programs, such as ``model_not_found``.
+        headers: of the response.
     """
 
-    def __init__(self, status_code: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status_code=status_code, detail=message)
+    def __init__(
+        self,
+        status_code: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status_code=status_code, detail=message, headers=headers)
         self.message = message
         self.param = param
         self.code = code
@@ -39,6 +50,8 @@ class ApiError(HTTPException):
     @property
     def type(self) -> str:
         """OpenAI's error type for the status."""
+        if self.status_code == 429:
+            return RATE_LIMIT
         return INVALID_REQUEST if self.status_code < 500 else SERVER_ERROR
 
     def body(self) -> dict[str, Any]:
@@ -51,11 +64,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
+def error_response(error: ApiError) -> Response:
     """The HTTP response for an error."""
     # ASCII escapes: a message may quote a lone surrogate, which UTF-8 cannot carry.
     content = json.dumps(error.body())
-    return Response(content, error.status_code, headers=headers, media_type="application/json")
+    return Response(content, error.status_code, headers=error.headers, media_type="application/json")
 
 
 def quote(value: object) -> str:
@@ -80,7 +93,7 @@ async def _answer_http_error(request: Request, error: Exception) -> Response:
         404: f"no route {route}; see /openapi.json for the routes there are",
         405: f"{route}: method not allowed; see /openapi.json for the methods of each route",
     }.get(error.status_code, error.detail)
-    return error_response(ApiError(error.status_code, message), error.headers)
+    return error_response(ApiError(error.status_code, message, headers=error.headers))
 
 
 async def _answer_validation_error(_request: Request, error: Exception) -> Response:
@@ -89,12 +102,18 @@ async def _answer_validation_error(_request: Request, error: Exception) -> Respo
 
 
 async def _answer_engine_error(_request: Request, error: Exception) -> Response:
+    if isinstance(error, QueueFull):
+        headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+        return error_response(ApiError(429, str(error), code="queue_full", headers=headers))
     return error_response(ApiError(503, f"the engine is down: {error}", code="engine_down"))
 
 
-async def _answer_unexpected_error(_request: Request, error: Exception) -> Response:
+async def _answer_unexpected_error(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this answer, so uvicorn logs it with its traceback.
-    return error_response(ApiError(500, f"internal error ({type(error).__name__}); see the server's log"))
+    request_id = request.scope.get("state", {}).get("request_id")
+    headers = {} if request_id is None else {"X-Request-Id": request_id}
+    text = f"internal error ({type(error).__name__}); see the server's log"
+    return error_response(ApiError(500, text, headers=headers))
 
 
 def _describe(errors: Sequence[Any]) -> ApiError:

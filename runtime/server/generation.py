@@ -10,8 +10,9 @@ from typing import Literal
 
 from starlette.types import Receive
 
-from runtime.requests import EngineProtocol, SamplingParameters, TokenEvent
+from runtime.requests import SamplingParameters, TokenEvent
 from runtime.server.detokenizer import Detokenizer
+from runtime.server.metered_engine import MeteredEngine
 from runtime.server.stop_strings import StopMatcher
 
 
@@ -48,7 +49,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: EngineProtocol,
+        engine: MeteredEngine,
         submissions: Sequence[Submission],
         make_detokenizer: Callable[[], Detokenizer],
         stop_strings: Sequence[str],
@@ -108,7 +109,7 @@ class Generation:
             delta = self._choices[index].read(event)
             if delta.finish_reason is not None:
                 self._open.discard(index)
-                self._cancel(index)
+                self._finish(index)
             if delta.text or delta.finish_reason is not None:
                 yield delta
 
@@ -127,6 +128,11 @@ class Generation:
         request_id = self._running.pop(index, None)
         if request_id is not None:
             self._engine.cancel(request_id)
+
+    def _finish(self, index: int) -> None:
+        request_id = self._running.pop(index, None)
+        if request_id is not None:
+            self._engine.finish(request_id)
 
     def _callback(self, index: int) -> Callable[[TokenEvent], None]:
         def on_event(event: TokenEvent) -> None:

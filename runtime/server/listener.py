@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import math
 import signal
 import socket
@@ -21,6 +22,7 @@ from runtime.server.context import ServerContext
 
 STATUS_INTERVAL_S = 0.2
 UNREAD_TIMEOUT_S = 2
+STOPPING = "the server is stopping"
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -59,6 +61,7 @@ def run_server(
     *,
     grace_seconds: float = 5,
     on_ready: Callable[[str], None] | None = None,
+    on_signal: Callable[[], None] | None = None,
 ) -> str | None:
     """Serve until SIGINT, SIGTERM or a failure of the engine; requests that run then have ``grace_seconds`` to end.
 
@@ -70,6 +73,7 @@ def run_server(
         engine: watched for a failure.
         grace_seconds: after this time the requests that are left end with an error. A second SIGINT cuts them at once.
         on_ready: called with the server's URL once it accepts connections.
+        on_signal: called by the first signal.
 
     Returns:
         None after a signal, or the engine's failure in one line.
@@ -77,7 +81,7 @@ def run_server(
     Raises:
         InputError: another process began to listen on the address since ``bind_socket``.
     """
-    server = _Server(app, grace_seconds)
+    server = _Server(app, grace_seconds, on_signal)
     url = socket_url(server_socket)
     try:
         _listen(server_socket, server.config.backlog)
@@ -133,22 +137,28 @@ async def _watch(server: _Server, engine: EngineProtocol, on_ready: Callable[[],
 class _Server(uvicorn.Server):
     """uvicorn's server with another end: of the process (not by the signal again) and of the running requests."""
 
-    def __init__(self, app: FastAPI, grace_seconds: float) -> None:
+    def __init__(self, app: FastAPI, grace_seconds: float, on_signal: Callable[[], None] | None) -> None:
         # uvicorn's own timeout is for clients that do not read: it cancels, which leaves them without a word.
         timeout = math.ceil(grace_seconds) + UNREAD_TIMEOUT_S
         super().__init__(
             uvicorn.Config(
-                app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=timeout
+                app,
+                log_config=None,  # its messages go where the process's others go
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=timeout,
             )
         )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         self.context: ServerContext = app.state.context
         self.interrupted = False
         self._grace_seconds = grace_seconds
+        self._on_signal = on_signal
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for the running requests; those that outlast the grace get an error."""
         loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._grace_seconds, self.context.abort_generations, "the server is stopping")
+        timer = loop.call_later(self._grace_seconds, self.context.abort_generations, STOPPING)
         try:
             await super().shutdown(sockets)
         finally:
@@ -156,7 +166,11 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop; called by a signal."""
-        self.interrupted = True
+        if not self.interrupted:
+            self.interrupted = True
+            self.context.stopping = STOPPING
+            if self._on_signal is not None:
+                self._on_signal()
         super().handle_exit(sig, frame)
 
     @contextlib.contextmanager

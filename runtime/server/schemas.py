@@ -20,11 +20,11 @@ def _check_prompt(value: Any) -> Any:
         raise ValueError(f"expected {expected}, got {quote(value)}")
     for prompt in prompts:
         if isinstance(prompt, str):
-            _check_unicode(prompt)
+            check_unicode(prompt)
     return value
 
 
-def _check_unicode(text: str) -> str:
+def check_unicode(text: str) -> str:
     """Refuse half of a surrogate pair, which JSON can carry and no tokenizer takes."""
     text.encode()  # UnicodeEncodeError is a ValueError that names the character and its position
     return text
@@ -49,7 +49,7 @@ def _check_stop(value: Any) -> Any:
 def _join_text_parts(value: Any) -> Any:
     """Turn a message's list of ``{"type": "text", "text": …}`` into one string."""
     if isinstance(value, str):
-        return _check_unicode(value)
+        return check_unicode(value)
     if not isinstance(value, list):
         return value
     texts = []
@@ -57,7 +57,7 @@ def _join_text_parts(value: Any) -> Any:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f"expected text or parts of type 'text', got {quote(part)}; only text is supported")
         texts.append(part["text"])
-    return _check_unicode("\n".join(texts))
+    return check_unicode("\n".join(texts))
 
 
 class Schema(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.batch import CausalModel, SequenceBatch, is_mergeable
+from runtime.batch import CausalModel, SequenceBatch, is_mergeable, plan_passes
+from runtime.requests import SamplingParameters
+from runtime.step_plan import Admission, Piece
 from tests.support.tiny_models import tiny_model
 
 TOLERANCE = 1e-4
@@ -78,6 +81,40 @@ def test_any_order_of_joining_and_leaving(family: str, operations: list[tuple[st
 def check(family: str, sequences: list[int], logits: torch.Tensor, fed: dict[int, int]) -> None:
     expected = torch.stack([alone(family, sequence)[fed[sequence]] for sequence in sequences])
     torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("cuts", [[1], [5, 8], [12]])
+def test_a_prompt_in_pieces(family: str, cuts: list[int]) -> None:
+    model, prompt = causal_model(family), PROMPTS[2]
+    batch, tokens = model.start([2], [prompt[: cuts[0]]])
+    model.run(batch, tokens)
+    for start, stop in itertools.pairwise([*cuts, len(prompt)]):
+        logits = model.run(batch, model.go_on(batch, prompt[start:stop]))
+    check(family, [2], logits, {2: 0})
+    other, _ = model.prefill([0], [PROMPTS[0]])
+    other.absorb(batch)
+    logits = model.decode(other, [FEED[0][0], FEED[2][0]])
+    check(family, [0, 2], logits, {0: 1, 2: 1})
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    prompts=st.lists(
+        st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.integers(1, n))),
+        max_size=9,
+    )
+)
+def test_passes_hold_whole_prompts_of_similar_length_or_one_piece(prompts: list[tuple[int, int, int]]) -> None:
+    admissions = {n: Admission(n, [5] * length, 0, SamplingParameters()) for n, (length, _, _) in enumerate(prompts)}
+    pieces = [Piece(n, start, max(stop, start + 1)) for n, (_, start, stop) in enumerate(prompts)]
+    passes = plan_passes(pieces, admissions)
+    assert [piece for together in passes for piece in together] == pieces
+    for together in passes:
+        lengths = [piece.stop for piece in together]
+        if len(together) > 1:
+            assert all(p.start == 0 and p.stop == len(admissions[p.sequence].tokens) for p in together)
+            assert max(lengths) * len(lengths) <= 2 * sum(lengths)
 
 
 def test_families_with_recurrent_state_are_not_merged() -> None:

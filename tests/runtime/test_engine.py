@@ -12,7 +12,7 @@ import pytest
 
 from profiler.errors import InputError
 from runtime.engine import Engine
-from runtime.requests import EngineError, SamplingParameters, TokenEvent
+from runtime.requests import EngineError, SamplingParameters, TokenEvent, TokenLogprobs
 from runtime.settings import EngineSettings
 from runtime.step_plan import StepPlan
 from runtime.worker_interface import NO_TOKEN, eos_token_ids
@@ -77,6 +77,27 @@ def test_end_of_sequence(make: Make) -> None:
     ignored = submit(engine, max_tokens=3, ignore_eos=True).wait()
     assert [event.token_id for event in ignored] == [7, EOS, 7]
     assert submit(engine, max_tokens=1).wait() == [TokenEvent(7, "length")]
+
+
+def test_stop_tokens_end_a_sequence_whether_or_not_the_end_is_ignored(make: Make) -> None:
+    worker = FakeWorker()
+    worker.tokens = lambda sequence, step: [EOS, 7, 9][step]
+    engine = make(worker)
+    engine.start()
+    ignoring = submit(engine, stop_token_ids=(9, 11), ignore_eos=True)
+    assert ignoring.wait() == [TokenEvent(EOS, None), TokenEvent(7, None), TokenEvent(None, "stop")]
+    assert submit(engine, stop_token_ids=(9, 11)).wait() == [TokenEvent(None, "stop")]
+
+
+def test_log_probabilities_come_with_their_tokens(make: Make) -> None:
+    worker = FakeWorker()
+    found = TokenLogprobs(-0.5, ((10, -0.5),))
+    worker.logprobs = {0: found}
+    engine = make(worker)
+    asking, other = submit(engine, max_tokens=2, logprobs=1), submit(engine, max_tokens=1)
+    engine.start()
+    assert asking.wait() == [TokenEvent(10, None, logprobs=found), TokenEvent(10, "length", logprobs=found)]
+    assert other.wait() == [TokenEvent(11, "length")]
 
 
 def test_at_most_max_sequences_run(make: Make) -> None:
@@ -163,7 +184,7 @@ def test_seeds(make: Make) -> None:
     engine.start()
     wait_until(lambda: bool(worker.admitted))
     given, one, other = worker.plans[0].admit
-    assert given.sampling == SamplingParameters(temperature=0.5, top_p=0.9, seed=7, max_tokens=16)
+    assert given.sampling == SamplingParameters(temperature=0.5, top_p=0.9, seed=7, stop_token_ids=(EOS,))
     assert one.sampling.seed != other.sampling.seed
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from runtime.requests import TokenEvent
+from runtime.requests import TokenEvent, TokenLogprobs
 from runtime.step_plan import Admission, StepPlan
 from runtime.worker_interface import CacheSize
 
@@ -38,6 +38,7 @@ class FakeWorker:
         self.model = SimpleNamespace(can_merge=can_merge, can_pad=can_pad)
         self.facts = SimpleNamespace(cache=cache)
         self.everyone_holds_all, self.overlaps = everyone, overlaps
+        self.logprobs: dict[int, TokenLogprobs] = {}
         self.plans: list[StepPlan] = []
         self.sent: list[StepPlan] = []
         self.executed_at: list[float] = []
@@ -105,6 +106,9 @@ class FakeWorker:
             assert all(0 <= page < self.facts.cache.num_pages for page in pages)
             written.update(pages[self.fed[sequence] // self.facts.cache.page_size :])
         assert all(count == 1 for count in written.values()), "a page that is not full has one holder"
+
+    def take_load(self) -> None:
+        return None
 
     @property
     def admitted(self) -> list[list[int]]:

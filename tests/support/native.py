@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from runtime.native.families import read_shape
-from runtime.native.loading import load_decoder
+from runtime.native.loading import make_decoder
 from runtime.native.model import NativeModel
 from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
@@ -35,7 +35,8 @@ def native_model(
     shape = read_shape(config)
     chosen = EngineSettings(**({"cache_tokens": 2048, "max_sequences": 8, "max_prefill_tokens": 24} | settings))
     held = dict.fromkeys(range(shape.num_layers), slots or range(shape.num_experts))
-    decoder = load_decoder(path, config, shape, held, dtype, torch.device(device), chosen, page_size)
+    decoder, fill = make_decoder(path, config, shape, held, dtype, torch.device(device), chosen, page_size)
+    fill()
     return NativeModel(decoder, chosen.max_sequences, chosen.max_prefill_tokens, graphs)
 
 

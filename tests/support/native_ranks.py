@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from placement.plan import PlacementPlan
 from runtime.native.families import read_shape
-from runtime.native.loading import load_decoder
+from runtime.native.loading import make_decoder
 from runtime.native.model import NativeModel
 from runtime.native.ranks import Ranks
 from runtime.settings import EngineSettings
@@ -55,6 +55,7 @@ class NativeJob:
         settings = EngineSettings(**chosen)
         ranks = Ranks.meet(shape, group, dtype, settings.max_sequences)
         slots = local_slots(plan, group.rank)
-        decoder = load_decoder(self.model, config, shape, slots, dtype, group.device, settings, PAGE_SIZE, ranks)
+        decoder, fill = make_decoder(self.model, config, shape, slots, dtype, group.device, settings, PAGE_SIZE, ranks)
+        fill()
         ranks.place(decoder.weights, plan)
         return NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, self.graphs)

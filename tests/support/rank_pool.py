@@ -12,12 +12,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from runtime.requests import SamplingParameters, TokenEvent, TokenLogprobs
+from tests.support.schedules import Arrival
+
 TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model to load by a plan, and prompts to continue greedily.
+    """A model to load by a plan, and prompts to continue.
 
     Attributes:
         model: directory.
@@ -27,6 +30,8 @@ class Job:
         arrivals: the step at which each prompt is admitted.
         new_tokens: generated for each prompt.
         dtype: name of the torch dtype.
+        random_weights: draw the weights instead of reading them.
+        sampling: of each prompt, resolved; None is greedy.
     """
 
     model: str
@@ -37,10 +42,34 @@ class Job:
     new_tokens: int
     dtype: str = "float32"
     random_weights: bool = False
+    sampling: list[SamplingParameters] | None = None
 
     def run(self, group: Any) -> Result:
         """Execute this in one of the ranks, on the universal path."""
         return _run_job(self, group)
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """A model to load by a plan, and requests for an engine.
+
+    Attributes:
+        model: directory.
+        plan: as `PlacementPlan.to_dict` gives it.
+        exchange: mode.
+        schedule: of requests; the result's tokens are numbered by it.
+        settings: of the engine.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    exchange: str
+    schedule: tuple[Arrival, ...]
+    settings: dict[str, Any]
+
+    def run(self, group: Any) -> Result:
+        """Execute this in one of the ranks."""
+        return _run_engine(self, group)
 
 
 @dataclass
@@ -50,16 +79,24 @@ class Result:
     Attributes:
         tokens: generated ids per prompt.
         logits: float32 ``[new_tokens, V]`` per prompt.
+        logprobs: of the tokens, per prompt, where they were asked for; complete on rank 0.
         routes: per layer index, the ids ``[T, K]`` of all forward passes in order.
         expert_parameter_bytes: of the experts modules after loading.
         expert_bytes_read: from the checkpoint.
+        events: of every request of an engine's schedule.
+        pieces: of prompts in every plan of the engine.
+        load: of all slots, on the rank that knows it.
     """
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     logits: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
     routes: dict[int, list[np.ndarray]] = field(default_factory=dict)
     expert_parameter_bytes: int = 0
     expert_bytes_read: int = 0
+    events: list[list[TokenEvent]] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+    load: Any = None
 
 
 class RankPool:
@@ -145,7 +182,26 @@ def _run_job(job: Job, group: Any) -> Result:
     worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
     _record_logits(worker, result)
     _drive(worker, job, group.world_size, result)
+    result.load = worker.take_load()
     return result
+
+
+def _run_engine(job: EngineJob, group: Any) -> Result:
+    """Rank 0 plays the schedule on an engine, the others follow; what rank 0's requests got."""
+    from placement.plan import PlacementPlan
+    from runtime.checkpoint import load_shard
+    from runtime.settings import EngineSettings
+    from runtime.worker import RankWorker, local_slots
+    from tests.support.schedules import Play
+
+    plan = PlacementPlan.from_dict(job.plan)
+    model, report = load_shard(job.model, local_slots(plan, group.rank), torch.float32, group.device)
+    worker = RankWorker(model, report, plan, group, job.exchange)
+    if group.rank != 0:
+        worker.serve()
+        return Result()
+    played = Play(worker, EngineSettings(**job.settings), job.schedule)
+    return Result(events=played.events, pieces=[len(plan.feed) for plan in played.plans])
 
 
 def _record_logits(worker: Any, result: Result) -> None:
@@ -163,9 +219,9 @@ def _record_logits(worker: Any, result: Result) -> None:
 
 def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
     """Every rank derives the same plans from the job, as if rank 0 had sent them."""
-    from runtime.requests import SamplingParameters
     from runtime.step_plan import Admission, StepPlan
 
+    sampling = job.sampling or [SamplingParameters(temperature=0, seed=0)] * len(job.prompts)
     retire: list[int] = []
     pending = dict(enumerate(job.arrivals))
     step = 0
@@ -176,10 +232,12 @@ def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
         for number in due:
             del pending[number]
         homes = {n: 0 if worker.everyone_holds_all else n % world_size for n in due}
-        admit = [Admission(n, job.prompts[n], homes[n], SamplingParameters(temperature=0, seed=0)) for n in due]
+        admit = [Admission(n, job.prompts[n], homes[n], sampling[n]) for n in due]
         new = worker.execute(StepPlan.prefill(admit, retire) if admit else StepPlan(retire))
         retire = []
         for sequence, token in new.items():
+            if sequence in worker.logprobs:
+                result.logprobs.setdefault(sequence, []).append(worker.logprobs[sequence])
             result.tokens.setdefault(sequence, []).append(token)
             if len(result.tokens[sequence]) == job.new_tokens:
                 retire.append(sequence)

@@ -30,6 +30,7 @@ class LiveServer:
     engine: ScriptedEngine
     url: str
     tokenizer: Any
+    app: Any
     client: openai.OpenAI = field(init=False)
     http: httpx.Client = field(init=False)
 
@@ -57,15 +58,15 @@ def serve() -> Iterator[Callable[..., LiveServer]]:
     """Starts servers that end with the tests."""
     running: list[tuple[uvicorn.Server, threading.Thread, LiveServer]] = []
 
-    def start(tokenizer: Any, engine: ScriptedEngine | None = None) -> LiveServer:
+    def start(tokenizer: Any, engine: ScriptedEngine | None = None, **options: Any) -> LiveServer:
         engine = engine or ScriptedEngine()
-        app = create_app(engine, tokenizer, MODEL, created=1_700_000_000)
+        app = create_app(engine, tokenizer, MODEL, created=1_700_000_000, **options)
         server_socket = bind_socket("127.0.0.1", 0)
         server_socket.listen()
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([server_socket],), daemon=True)
         thread.start()
-        live = LiveServer(engine, socket_url(server_socket), tokenizer)
+        live = LiveServer(engine, socket_url(server_socket), tokenizer, app)
         running.append((server, thread, live))
         return live
 

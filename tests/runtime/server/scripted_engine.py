@@ -71,9 +71,11 @@ class ScriptedEngine:
         self._num_before += len(self._stops)
         self.scripts = [list(script) for script in scripts]
         self.submitted: list[tuple[list[int], SamplingParameters]] = []
+        self.users: list[str] = []
         self.cancelled: list[int] = []
         self.cancel_seen = threading.Event()
         self.failure: str | None = None
+        self.state: dict[str, Any] = {}
         self.ready = True
         self._stops = {}
 
@@ -82,12 +84,14 @@ class ScriptedEngine:
         prompt_token_ids: Sequence[int],
         sampling: SamplingParameters,
         on_event: Callable[[TokenEvent], None],
+        user: str = "",
     ) -> int:
         if self.failure is not None:
             raise EngineError(self.failure)
         number = len(self.submitted)
         request_id = self._num_before + number
         self.submitted.append((list(prompt_token_ids), sampling))
+        self.users.append(user)
         stop = self._stops[request_id] = threading.Event()
         script = self.scripts[number] if number < len(self.scripts) else []
         threading.Thread(target=self._play, args=(script, sampling.max_tokens, stop, on_event), daemon=True).start()
@@ -101,7 +105,8 @@ class ScriptedEngine:
         self.cancel_seen.set()
 
     def status(self) -> EngineStatus:
-        return EngineStatus(ready=self.ready and self.failure is None, failure=self.failure, running=0, waiting=0)
+        state = {"running": 0, "waiting": 0} | self.state
+        return EngineStatus(ready=self.ready and self.failure is None, failure=self.failure, **state)
 
     def shutdown(self) -> None:
         for stop in self._stops.values():
