@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,3 +61,55 @@ class NativeJob:
         fill()
         ranks.place(decoder.weights, plan)
         return NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, self.graphs)
+
+
+@dataclass(frozen=True)
+class ServingJob:
+    """The engine on rank 0, the other ranks following it; the result on rank 0 is tokens and slot loads.
+
+    Attributes:
+        model: directory.
+        plan: as `PlacementPlan.to_dict` gives it.
+        prompts: token ids, continued greedily.
+        new_tokens: generated for each prompt.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    prompts: list[list[int]]
+    new_tokens: int
+
+    def run(self, group: Any) -> tuple[list[list[int]], list[list[list[int]]]] | None:
+        """Tokens per prompt, and pairs per MoE layer, GPU and slot; None on ranks that follow."""
+        from runtime.engine import Engine
+        from runtime.load import slots_as_lists
+        from runtime.native.loading import load_native
+        from runtime.requests import SamplingParameters, TokenEvent
+
+        plan = PlacementPlan.from_dict(self.plan)
+        settings = EngineSettings(cache_tokens=2048, max_sequences=8, max_prefill_tokens=24, path="native")
+        shape = read_shape(AutoConfig.from_pretrained(self.model))
+        worker = load_native(plan, self.model, shape, settings, group)
+        if group.rank > 0:
+            worker.serve()
+            return None
+        engine = Engine(worker, settings, (), worker.facts.max_context)
+        engine.start()
+        sampling = SamplingParameters(temperature=0, seed=0, max_tokens=self.new_tokens, ignore_eos=True)
+        tokens: list[list[int]] = [[] for _ in self.prompts]
+        ended = threading.Semaphore(0)
+
+        def take(number: int, event: TokenEvent) -> None:
+            if event.token_id is not None:
+                tokens[number].append(event.token_id)
+            if event.finish_reason is not None:
+                ended.release()
+
+        for number, prompt in enumerate(self.prompts):
+            engine.submit(prompt, sampling, functools.partial(take, number))
+        for _ in self.prompts:
+            assert ended.acquire(timeout=60)
+        engine.shutdown()
+        total = engine.meter.read().total
+        assert total is not None
+        return tokens, slots_as_lists(total.pairs, plan.slots)

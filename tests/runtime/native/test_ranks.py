@@ -18,7 +18,7 @@ from runtime.native.families import DecoderShape, read_shape
 from runtime.native.heads import HeadShare
 from runtime.native.weights import allocate
 from tests.support.native import Recording, drive, native_model
-from tests.support.native_ranks import NativeJob
+from tests.support.native_ranks import NativeJob, ServingJob
 from tests.support.plans import make_plan
 from tests.support.rank_pool import RankPool
 
@@ -61,6 +61,19 @@ def test_random_weights_are_one_model(rank_pool: Callable[[int], RankPool], save
     found = rank_pool(2).run(NativeJob(path, plan, PROMPTS[:1], [0], 3, settings={"weights": "random"}))
     expected = drive(native_model(path, weights="random"), PROMPTS[:1], [0], 3)
     np.testing.assert_allclose(np.stack(found[1].logits[0]), np.stack(expected.logits[0]), rtol=0, atol=1e-4)
+
+
+def test_an_engine_serves_on_ranks_and_sees_the_load_of_all(
+    rank_pool: Callable[[int], RankPool], saved_model: Callable[[str], str]
+) -> None:
+    path = saved_model("qwen3_moe")
+    plan = make_plan(path, "uneven", 2)  # rank 1 has no slots
+    served, _ = rank_pool(2).run(ServingJob(path, plan.to_dict(), PROMPTS, NEW_TOKENS))
+    tokens, pairs = served
+    assert tokens == [alone(path).tokens[number] for number in range(len(PROMPTS))]
+    fed = sum(len(prompt) + NEW_TOKENS - 1 for prompt in PROMPTS)
+    assert [sum(map(sum, layer)) for layer in pairs] == [fed * plan.top_k] * plan.num_layers
+    assert [[len(gpu) for gpu in layer] for layer in pairs] == [[len(gpu) for gpu in layer] for layer in plan.slots]
 
 
 @pytest.mark.parametrize(("family", "world", "ranks"), [
