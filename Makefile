@@ -13,7 +13,7 @@ PYTHON ?=
 READY := $(VENV)/.ready
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help demo setup lint test clean
+.PHONY: help demo setup lint test soak clean
 
 help: ## list the commands
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,9 @@ test: lint ## set up what is missing, then check style and types and run all tes
 	@log="$$(mktemp)"; trap 'rm -f "$$log"' EXIT; \
 	$(VENV)/bin/python -m pytest 2>&1 | tee "$$log"; \
 	grep -qE '(^| )[1-9][0-9]* passed' "$$log" || { echo "error: no test was run" >&2; exit 1; }
+
+soak: $(READY) ## serve 64 streams for 5 minutes on the CPU: no error, flat memory, no stream left behind
+	@$(VENV)/bin/python -m benchmarks.serving_soak -o benchmarks/results/serving_soak.json
 
 clean: ## remove the environment and everything made here
 	rm -f "$(READY)"

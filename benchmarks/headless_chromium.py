@@ -1,4 +1,4 @@
-"""A Chromium without a screen and without a network, for looking at the pages that the project writes."""
+"""A Chromium without a screen that reaches this machine at most, for looking at the pages that the project writes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from selenium.webdriver.chrome.service import Service
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WAIT_S = 60
-# Root and containers have no user namespaces for Chromium's sandbox; the only page opened is our own.
+# Root and containers have no user namespaces for Chromium's sandbox; only our own pages are opened.
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
     "--disable-dev-shm-usage",
     "--disable-gpu",
     "--hide-scrollbars",
-    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 
 
@@ -32,8 +32,11 @@ def missing_programs() -> str | None:
 
 
 @contextmanager
-def open_browser() -> Iterator[Chrome]:
+def open_browser(*, offline: bool = True) -> Iterator[Chrome]:
     """Start a browser, and end it.
+
+    Args:
+        offline: it reaches nothing; otherwise servers on 127.0.0.1, and no other.
 
     Yields:
         The browser; its log holds every message of the pages' consoles.
@@ -52,8 +55,9 @@ def open_browser() -> Iterator[Chrome]:
     try:
         browser.set_page_load_timeout(WAIT_S)
         browser.execute_cdp_cmd("Network.enable", {})
-        offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-        browser.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+        if offline:
+            network = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+            browser.execute_cdp_cmd("Network.emulateNetworkConditions", network)
         yield browser
     finally:
         browser.quit()

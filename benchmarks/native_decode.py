@@ -5,12 +5,14 @@
 
 Every row states the copy bandwidth measured in the same run and the share of it that the step's reads make. With
 ``--profile`` one more step per batch is traced, and the kernels it spent most time in are rows of kind ``profile``.
-Rows of shapes and batches that the file has already are replaced.
+With ``--cached`` long contexts are not fed: random keys and values fill the cache. Rows of the device, shape, batch and
+context that the file has already are replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from runtime.step_plan import StepPlan
 
 SHAPES = Path(__file__).parent / "shapes"
 KERNEL_ROWS = 16
+KEYS = {"device": None, "shape": None, "ranks": 1, "placement": "contiguous", "batch": None, "context": None}
 
 
 def start(flags: argparse.Namespace, batches: list[int]) -> tuple[Run, RouteSource | None]:
@@ -56,6 +59,11 @@ def start(flags: argparse.Namespace, batches: list[int]) -> tuple[Run, RouteSour
         plan = make_plan(flags.plan, shape.num_experts, shape.top_k, layers, group.world_size)
     worker = load_native(plan, folder, shape, settings, group, capture=False)
     source = route_source(flags.routes, shape.num_experts, shape.top_k, len(layers), 0)
+    if flags.cached:
+        for layer in itertools.chain(
+            *(held for held in vars(worker.model.decoder.cache).values() if isinstance(held, list))
+        ):
+            layer.normal_()
     return Run(plan, folder, group, worker, ranks), source
 
 
@@ -75,10 +83,12 @@ def profile_step(run: Run, benchmark: DecodeBenchmark, batch: int, source: Route
     return [
         {
             "kind": "profile",
+            "device": device_name(run),
             "shape": Path(run.model_path).name,
             "ranks": run.group.world_size,
             "placement": run.plan.strategy,
             "batch": batch,
+            "context": f"{benchmark.context}-{benchmark.context + benchmark.steps}",
             "kernel": event.key[:90],
             "calls_per_step": event.count,
             "us_per_step": event.self_device_time_total,
@@ -97,16 +107,22 @@ def show(rows: list[dict[str, Any]], batch: int) -> None:
             print(f"{row['us_per_step']:>10.1f} us {row['calls_per_step']:>5} x {row['kernel']}", flush=True)
 
 
+def device_name(run: Run) -> str:
+    """The GPU's name."""
+    return torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU"
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells runs apart."""
+    return tuple(row.get(key, default) for key, default in KEYS.items())
+
+
 def merge(output: Path, document: dict[str, Any]) -> None:
-    """Write the document together with the rows of other shapes, batches, ranks and placements that the file has."""
+    """Write the document together with the rows that the file has of other runs."""
     rows = document["rows"]
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["shape"], row["batch"], row.get("ranks", 1), row.get("placement")
-
     if output.exists():
-        mine = {key(row) for row in rows}
-        document["rows"] = [row for row in json.loads(output.read_text())["rows"] if key(row) not in mine] + rows
+        mine = {key_of(row) for row in rows}
+        document["rows"] = [row for row in json.loads(output.read_text())["rows"] if key_of(row) not in mine] + rows
     write_atomically(output, json.dumps(document, indent=1) + "\n")
 
 
@@ -125,6 +141,8 @@ def parse_flags() -> argparse.Namespace:
         "--plan", default="contiguous", help="contiguous, shuffled, copies (25%% more), or a plan's file"
     )
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--cached", action="store_true", help="long contexts: fill the cache with random numbers")
+    parser.add_argument("--commit", help="of a copy without git history")
     return parser.parse_args()
 
 
@@ -133,13 +151,15 @@ def main() -> None:
     flags = parse_flags()
     batches = [int(size) for size in flags.batches.split(",")]
     run, source = start(flags, batches)
-    benchmark = DecodeBenchmark(tuple(batches), flags.context, flags.steps, flags.warmup_steps, 0, flags.routes)
+    benchmark = DecodeBenchmark(
+        tuple(batches), flags.context, flags.steps, flags.warmup_steps, 0, flags.routes, flags.cached
+    )
     copy_bytes_per_s = measure_copy(run.group.device)
     rows: list[dict[str, Any]] = []
     for batch in batches:
         row: dict[str, Any] = {
             "kind": "decode",
-            "device": torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU",
+            "device": device_name(run),
         }
         row |= time_batch(run, benchmark, batch, source, copy_bytes_per_s)
         rows.append(row)
@@ -147,8 +167,10 @@ def main() -> None:
             rows += profile_step(run, benchmark, batch, source)
         if run.group.rank == 0:
             show(rows, batch)
+    document = describe_machine(run.group)
+    document["commit"] = flags.commit or document["commit"]
     if run.group.rank == 0:
-        merge(Path(flags.output), describe_machine(run.group) | {"rows": rows})
+        merge(Path(flags.output), document | {"rows": rows})
     run.close()
 
 

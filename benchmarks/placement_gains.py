@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernels.skinny_linear import skinny_linear
 from placement.atomic import write_atomically
 from placement.dispatch import dispatch_tokens
 from placement.plan import PlacementPlan
@@ -97,7 +98,8 @@ def time_moe_layers(model: NativeModel, routes: torch.Tensor) -> float:
         residual = normed = hidden
         for number, layer in enumerate(decoder.weights.layers):
             if layer.experts is not None and decoder.ranks is not None:
-                chosen = replayed(number, *choose_experts(decoder.shape, layer.experts, normed))
+                logits = skinny_linear(normed, layer.experts.router, layer.experts.router_bias)
+                chosen = replayed(number, *choose_experts(decoder.shape, layer.experts, logits))
                 pairs = run_experts(decoder.shape, layer.experts, normed, chosen[1])
                 shared = shared_expert(normed, layer)
                 residual, normed = decoder.ranks.finish_experts(

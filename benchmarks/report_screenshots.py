@@ -61,6 +61,11 @@ def side_by_side(browser: Chrome, page: Path, parts: Sequence[str]) -> Image.Ima
         browser.execute_script("document.querySelector(arguments[0]).scrollIntoView({behavior: 'instant'})", selector)
         wait_for_charts(browser)
         screens.append(capture(browser))
+    return paste_side_by_side(screens)
+
+
+def paste_side_by_side(screens: Sequence[Image.Image]) -> Image.Image:
+    """Screens of one size beside each other, at half size."""
     width, height = screens[0].size
     sheet = Image.new("RGB", (len(screens) * (width + GAP) - GAP, height), "white")
     for index, screen in enumerate(screens):

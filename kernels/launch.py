@@ -16,7 +16,9 @@ def _can_overlap(device: torch.device) -> bool:
 def overlap(tensor: torch.Tensor) -> dict[str, Any]:
     """Launch options of a kernel that may start while the one before it ends (programmatic dependent launch).
 
-    Such a kernel takes ``OVERLAP`` and calls ``gdc_wait`` before it reads anything that a kernel wrote.
+    Such a kernel takes ``OVERLAP`` and calls ``gdc_wait`` before it reads anything that a kernel wrote, and before it
+    writes. It may call ``gdc_launch_dependents`` first of all: the next kernel's own wait lasts until this one has
+    ended, which ends after its wait, so that whatever ran earlier has ended too.
 
     Args:
         tensor: any argument of the kernel; needs Hopper or newer.

@@ -43,20 +43,26 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["decode"], help="decode: time per decode step by batch size")
-    _plan_argument(parser)
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the rows as JSON")
+    from runtime.bench_serve_flags import add_arguments
+
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    decode = kinds.add_parser("decode", help="time per decode step by batch size")
+    _plan_argument(decode)
+    decode.add_argument("-o", "--output", metavar="FILE", help="write the rows as JSON")
+    add_arguments(kinds.add_parser("serve", help="load a server and measure latencies and throughput"))
 
 
 def _serve(flags: argparse.Namespace) -> int:
     from conf import compose
+    from runtime.recording_settings import RecordSettings
     from runtime.serve import serve
     from runtime.server_settings import ServerSettings
     from runtime.settings import EngineSettings
 
     _prepare(flags)
     config = compose("serve", flags.overrides)
-    return serve(flags.plan, EngineSettings.from_config(config), ServerSettings.from_config(config))
+    record = RecordSettings.from_config(config)
+    return serve(flags.plan, EngineSettings.from_config(config), ServerSettings.from_config(config), record)
 
 
 def _generate(flags: argparse.Namespace) -> int:
@@ -74,6 +80,10 @@ def _generate(flags: argparse.Namespace) -> int:
 
 
 def _bench(flags: argparse.Namespace) -> int:
+    if flags.what == "serve":
+        from runtime.bench_serve import bench_serve
+
+        return bench_serve(flags)
     from conf import compose
     from runtime.bench import DecodeBenchmark, bench_decode
     from runtime.settings import EngineSettings
@@ -124,7 +134,8 @@ VERBS = (
     Verb(
         "bench",
         "measure the runtime",
-        "python -m runtime bench decode --plan plan.json batch_sizes=[1,8,32] -o decode.json",
+        "python -m runtime bench decode --plan plan.json batch_sizes=[1,8,32] -o decode.json\n"
+        "  python -m runtime bench serve --url http://127.0.0.1:8000 --request-rate 4 --num-prompts 200 -o serve.json",
         _bench_arguments,
         _bench,
     ),

@@ -39,6 +39,7 @@ class DecodeBenchmark:
         warmup_steps: untimed decode steps before them.
         seed: of the random prompts and of drawn routes.
         routes: ``model``, ``uniform``, or a routing trace of the model: which experts the decode steps go to.
+        cached: native path: take the context as cached, whatever the cache holds, and feed its last token alone.
     """
 
     batch_sizes: tuple[int, ...]
@@ -47,6 +48,7 @@ class DecodeBenchmark:
     warmup_steps: int
     seed: int
     routes: str = "model"
+    cached: bool = False
 
     def __post_init__(self) -> None:
         for name, number in (
@@ -139,11 +141,12 @@ def start_sequences(run: Run, benchmark: DecodeBenchmark, batch: int) -> None:
     greedy = SamplingParameters(temperature=0, seed=0, max_tokens=new_tokens)
     homes = num_homes(run)
     pages = _deal_pages(worker.facts, length + new_tokens, -(-batch // homes))
+    cached = length - 1 if benchmark.cached else 0
     admissions = [
-        Admission(number, prompt, number % homes, greedy, pages=pages[number // homes])
+        Admission(number, prompt, number % homes, greedy, pages=pages[number // homes], cached=cached)
         for number, prompt in enumerate(prompts)
     ]
-    together = max(1, PREFILL_TOKENS // length) if worker.model.can_merge else batch
+    together = max(1, PREFILL_TOKENS // (length - cached)) if worker.model.can_merge else batch
     for start in range(0, batch, together):
         worker.execute(StepPlan.prefill(admissions[start : start + together]))
 

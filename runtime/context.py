@@ -21,6 +21,7 @@ class StepContext:
         forced_routes: for tests and benchmarks: called with the layer index, this rank's routes ``[T, K]`` (ids and
             weights of real tokens) are replaced by what it returns.
         on_routes: called with the layer index and this rank's final routes, before dispatch.
+        kept_routes: where it is a list, every MoE layer adds the routes of all ranks' tokens, rank after rank.
         row_values: width of the hidden states that the experts take.
         row_bytes: of one such hidden state.
     """
@@ -29,5 +30,11 @@ class StepContext:
     tokens_per_rank: list[int] = field(default_factory=list)
     forced_routes: Callable[[int, Routes], Routes] | None = None
     on_routes: Callable[[int, Routes], None] | None = None
+    kept_routes: list[Routes] | None = None
     row_values: int = 0
     row_bytes: int = 0
+
+    def keep(self, routes: Routes) -> None:
+        """Add a layer's routes of all ranks' tokens, if they are kept."""
+        if self.kept_routes is not None:
+            self.kept_routes.append(routes)

@@ -266,6 +266,8 @@ class Engine:
     def _end(self, request: Request, event: TokenEvent) -> None:
         self._scheduler.end(request)
         del self._open[request.number]
+        if self._worker.recording is not None:
+            self._worker.recording.end(request.number, request.tokens, request.num_generated)
         self._events.append((request, event))
 
     def _hand_out(self) -> None:

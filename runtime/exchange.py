@@ -59,6 +59,7 @@ class AllReduceExchange:
             # One rank's routes count for all: a near-tie that falls differently on two ranks would silently drop a
             # pair or compute it twice.
             routes = _unpack_routes(self.group.broadcast(_pack_routes(*routes)), routes[1].dtype)
+        context.keep(routes)
         experts, weights = routes
         partial = local(hidden, rule(experts), experts, weights)
         if self.group.world_size > 1 and len(hidden):
@@ -77,6 +78,7 @@ class AllToAllExchange:
     ) -> torch.Tensor:
         counts, rank, world = context.tokens_per_rank, self.group.rank, self.group.world_size
         experts, weights = self._gather_routes(routes, counts)
+        context.keep((experts, weights))
         gpus = rule(experts)  # [S, K]
         needed = torch.stack([(gpus == gpu).any(dim=1) for gpu in range(world)])  # [G, S]
         source = torch.repeat_interleave(torch.arange(world), torch.tensor(counts)).to(gpus.device)  # [S]

@@ -29,11 +29,13 @@ def logprob_rows(logits_RV: torch.Tensor, chosen_R: torch.Tensor, asked: Mapping
     """
     where = torch.tensor([list(asked), list(asked.values())])
     index, counts = (where.pin_memory() if logits_RV.is_cuda else where).to(logits_RV.device, non_blocking=True)
-    logprobs = torch.log_softmax(logits_RV[index].float(), dim=-1).clamp(min=LEAST_LOGPROB)
-    values, ids = logprobs.topk(min(max(asked.values()), logprobs.shape[1]), dim=-1)
-    of_chosen = logprobs.gather(1, chosen_R[index].clamp(min=0)[:, None])
-    pairs = torch.stack((ids.double(), values.double()), dim=-1).flatten(1)
-    return torch.cat((counts.clamp(max=values.shape[1])[:, None].double(), of_chosen.double(), pairs), dim=1)
+    logits_AV = logits_RV[index].float()
+    greatest, ids = logits_AV.topk(min(max(asked.values()), logits_AV.shape[1]), dim=-1)
+    of_chosen = logits_AV.gather(1, chosen_R[index].clamp(min=0)[:, None])
+    logprobs = torch.cat((of_chosen, greatest), dim=1) - logits_AV.logsumexp(dim=-1, keepdim=True)
+    logprobs = logprobs.clamp(min=LEAST_LOGPROB).double()
+    pairs = torch.stack((ids.double(), logprobs[:, 1:]), dim=-1).flatten(1)
+    return torch.cat((counts.clamp(max=ids.shape[1])[:, None].double(), logprobs[:, :1], pairs), dim=1)
 
 
 def read_rows(sequences: Sequence[int], rows: torch.Tensor) -> dict[int, TokenLogprobs]:

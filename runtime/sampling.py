@@ -25,6 +25,8 @@ from runtime.requests import SamplingParameters, TokenLogprobs
 from runtime.step_plan import Admission
 from runtime.worker_interface import NO_TOKEN
 
+ROWS_AT_ONCE = 32  # logits of so many sequences are changed together; more would take gigabytes with large vocabularies
+
 
 class History:
     """One sequence as its sampling sees it.
@@ -56,12 +58,12 @@ class History:
             self._tokens = ()
         return self._counts_2V
 
-    def add(self, token_1: torch.Tensor) -> None:
-        """Take in the token that was chosen, int64 ``[1]``."""
+    def add(self, token_1: torch.Tensor, one_1: torch.Tensor) -> None:
+        """Take in the token that was chosen, int64 ``[1]``; ``one_1`` is an int32 1 beside it."""
         self.position += 1
         self.num_generated += 1
         if self._counts_2V is not None:
-            self._counts_2V[1].index_add_(0, token_1.clamp(min=0), torch.ones_like(token_1, dtype=torch.int32))
+            self._counts_2V[1].index_add_(0, token_1, one_1)
 
     def shifts(self) -> list[tuple[int, float]]:
         """(token, what its logit gains) for the next choice, bias and forbidden ends."""
@@ -117,10 +119,13 @@ class Sampler:
         Returns:
             Whether any row was chosen again.
         """
-        found = {row: self._histories.get(sequence) for row, sequence in enumerate(sequences)}
-        again = {row: history for row, history in found.items() if history and history.sampling.changes_logits}
-        if again:
-            rows, histories = _upload(list(again), torch.int64, logits_RV), list(again.values())
+        found = [
+            (row, self._histories[sequence]) for row, sequence in enumerate(sequences) if sequence in self._histories
+        ]
+        again = [(row, history) for row, history in found if history.sampling.changes_logits]
+        for start in range(0, len(again), ROWS_AT_ONCE):
+            places, histories = zip(*again[start : start + ROWS_AT_ONCE], strict=True)
+            rows = _upload(places, torch.int64, logits_RV)
             tokens = draw(adjust_logits(logits_RV[rows], histories), histories)
             chosen_R[rows] = tokens.where(chosen_R[rows] != NO_TOKEN, NO_TOKEN)
         return bool(again)
@@ -135,10 +140,13 @@ class Sampler:
             The sequences that ask for log-probabilities, and these as `logprob_rows` gives them; None for no sequences.
         """
         asked: dict[int, int] = {}
-        for row, sequence in enumerate(sequences if self._histories else ()):
+        if not self._histories:
+            return [], None
+        known_R, one_1 = chosen_R.clamp(min=0), torch.ones(1, dtype=torch.int32, device=chosen_R.device)
+        for row, sequence in enumerate(sequences):
             history = self._histories.get(sequence)
             if history is not None:
-                history.add(chosen_R[row : row + 1])
+                history.add(known_R[row : row + 1], one_1)
                 if history.sampling.logprobs is not None:
                     asked[row] = history.sampling.logprobs
         return [sequences[row] for row in asked], logprob_rows(logits_RV, chosen_R, asked) if asked else None

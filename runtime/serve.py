@@ -12,6 +12,8 @@ from pathlib import Path
 from placement.plan import PlacementPlan
 from runtime.engine import Engine
 from runtime.errors import first_line
+from runtime.recording import check_output, start_recording
+from runtime.recording_settings import RecordSettings
 from runtime.server_settings import ServerSettings
 from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, load_tokenizer, start_run
@@ -21,8 +23,9 @@ logger = logging.getLogger(__name__)
 EXIT_S = 29  # after a signal; see `runtime.server_settings.MAX_DRAIN_S`
 
 
-def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> int:
+def serve(plan_path: str, settings: EngineSettings, server: ServerSettings, record: RecordSettings) -> int:
     """Serve until a signal; returns the exit code (1 where a rank died)."""
+    check_output(record)
     plan, model = load_plan(plan_path, settings)
     if int(os.environ.get("RANK", "0")) != 0:
         return follow(plan, model, settings)
@@ -34,6 +37,8 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
     listening = bind_socket(server.host, server.port)
     tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
+    if record.record is not None:
+        run.worker.record(start_recording(record, plan, model, run.worker.facts))
     engine = run.start_engine(settings)
     name = server.served_model_name or (Path(model).resolve().name if Path(model).exists() else model)
     app = create_app(
@@ -44,6 +49,7 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
         Placement(plan, engine.meter, settings.exchange),
         api_key=server.api_key,
         cors_origins=server.cors_origins,
+        compare_url=server.compare_url,
     )
     watch_ranks(run, engine)
     engine.start()
@@ -60,6 +66,7 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings) -> i
             abort(run, failure)
     finally:
         engine.shutdown()
+        end_recording(run)
         run.close()
     return 0
 
@@ -75,6 +82,12 @@ def follow(plan: PlacementPlan, model: str, settings: EngineSettings) -> int:
         os._exit(1)  # leaving the group in order would wait for the lost ranks
     run.close()
     return 0
+
+
+def end_recording(run: Run) -> None:
+    """Finish the trace under way."""
+    if run.worker.recording is not None:
+        run.worker.recording.close()
 
 
 def watch_ranks(run: Run, engine: Engine) -> None:
@@ -97,4 +110,5 @@ def abort(run: Run, failure: str) -> None:
     sys.stderr.flush()
     if run.ranks is not None:
         run.ranks.kill()
+    end_recording(run)
     os._exit(1)

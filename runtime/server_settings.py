@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 from runtime.errors import InputError
 from runtime.settings import Settings
@@ -26,6 +27,7 @@ class ServerSettings(Settings):
         cors_origins: web pages from these origins may send requests; ``*`` for all.
         drain_timeout_s: how long accepted requests may take to finish after SIGTERM.
         log_format: ``text`` or ``json`` (an object per line).
+        compare_url: of a second server, which the page asks beside this one; None for none.
     """
 
     host: str = "127.0.0.1"
@@ -35,6 +37,7 @@ class ServerSettings(Settings):
     cors_origins: tuple[str, ...] = ()
     drain_timeout_s: float = 20.0
     log_format: str = "text"
+    compare_url: str | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -64,3 +67,22 @@ class ServerSettings(Settings):
             raise InputError(f"drain_timeout_s={timeout}: expected a number of seconds from 0 to {MAX_DRAIN_S}")
         if self.log_format not in ("text", "json"):
             raise InputError(f"log_format={self.log_format}: expected text or json")
+        if self.compare_url is not None and not _is_server_url(self.compare_url):
+            expected = "expected http://HOST:PORT of a second server, without /v1 or a / after it"
+            raise InputError(f"compare_url={self.compare_url}: {expected}")
+
+
+def _is_server_url(value: object) -> bool:
+    """Whether a value is the URL of a server: no user, path, query or fragment."""
+    try:
+        parts = urlsplit(value) if isinstance(value, str) else None
+        return (
+            parts is not None
+            and parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and value == f"{parts.scheme}://{parts.netloc}"
+            and "@" not in parts.netloc
+        )
+    except ValueError:  # a port that is no number
+        return False

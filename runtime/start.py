@@ -181,7 +181,7 @@ def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
 def join_group(address: RankAddress, settings: EngineSettings) -> RankGroup:
     """Choose this rank's device and meet the other ranks."""
     device = choose_device(settings.device, address)
-    if device.type == "cpu":
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:  # else the user has said how many
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // address.local_world_size))
     return RankGroup(address, device, choose_backend(device, address), settings.rank_timeout_s)
 

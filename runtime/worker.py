@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from runtime.exchange import EXCHANGES, DispatchRule
 from runtime.experts import ExpertShard
 from runtime.load import DispatchLoad, Load
 from runtime.logprobs import gather_logprobs
+from runtime.recording import Fed
 from runtime.requests import TokenLogprobs
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, Piece, StepPlan
@@ -38,7 +41,7 @@ class RankWorker(Worker):
     def __init__(self, model: Any, report: LoadReport, plan: PlacementPlan, group: RankGroup, exchange: str) -> None:
         self.group, self.context = group, StepContext()
         self.model = CausalModel(model)
-        self.facts = model_facts(model)
+        self.facts = replace(model_facts(model), expert_bytes=_expert_bytes(report, plan, group.rank))
         self.everyone_holds_all = exchange == "allreduce"
         self.layers = report.layers
         # Only in ``alltoall`` can a rank be without sequences.
@@ -83,6 +86,8 @@ class RankWorker(Worker):
         for pieces in self._passes(step.feed):
             sampled |= self._feed(pieces, joining)
             self._end_pass(decoding=False)
+            homes = {piece.sequence: self._prompts[piece.sequence].home for piece in pieces}
+            self._record((Fed(p.sequence, p.start, p.stop - p.start) for p in pieces), homes)
             for piece in pieces:
                 if piece.stop == len(self._prompts[piece.sequence].tokens):
                     started[piece.sequence] = self._prompts.pop(piece.sequence).home
@@ -90,6 +95,7 @@ class RankWorker(Worker):
             self._count_tokens(dict.fromkeys(decoding, 1), decoding)
             sampled |= self._decode()
             self._end_pass(decoding=True)
+            self._record((Fed(sequence, None, 1) for sequence in decoding), decoding)
         for batch in joining:
             self._join(batch)
         self.homes |= started
@@ -125,6 +131,13 @@ class RankWorker(Worker):
         self.context.tokens_per_rank = [0] * self.group.world_size
         for sequence, length in lengths.items():
             self.context.tokens_per_rank[homes[sequence]] += length
+        self.context.kept_routes = None if self.recording is None else []
+
+    def _record(self, fed: Iterable[Fed], homes: dict[int, int]) -> None:
+        """Hand over the routes of the pass that was run, where they are recorded."""
+        if self.recording is not None and self.context.kept_routes:
+            experts, weights = zip(*self.context.kept_routes, strict=True)
+            self.recording.keep(sorted(fed, key=lambda tokens: homes[tokens.sequence]), experts, weights)
 
     def _passes(self, pieces: list[Piece]) -> list[list[Piece]]:
         """Which pieces are fed together; sequences that cannot join others later come together."""
@@ -234,6 +247,15 @@ def _record_empty_calls(model: CausalModel, layers: list[MoELayer]) -> list[tupl
         layer.experts.forward = functools.partial(record, layer.layer_id)
     model.prefill([0], [[0]])
     return [calls[layer.layer_id] for layer in layers]
+
+
+def _expert_bytes(report: LoadReport, plan: PlacementPlan, rank: int) -> int | None:
+    """Bytes of one expert in one layer, from a layer that this rank holds any of."""
+    for layer in report.layers:
+        slots = len(plan.slots[plan.layer_ids.index(layer.layer_id)][rank])
+        if slots:
+            return sum(parameter.nbytes for parameter in layer.experts.parameters()) // slots
+    return None
 
 
 def model_facts(model: Any) -> ModelFacts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 
 Tokens = Callable[[], dict[int, int]]  # waits for the new tokens of a step
+
+if TYPE_CHECKING:
+    from runtime.recording import RouteRecording
 
 NO_TOKEN = -1  # instead of a token, where the logits of a sequence are not finite
 
@@ -64,6 +67,7 @@ class ModelFacts:
         eos_token_ids: tokens that end a sequence.
         reads: of a decode step, where the path knows.
         cache: of every rank that holds sequences of its own; None where caches grow as needed.
+        expert_bytes: of one expert in one layer, where this rank has any.
     """
 
     path: str
@@ -73,6 +77,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     reads: StepReads | None = None
     cache: CacheSize | None = None
+    expert_bytes: int | None = None
 
 
 class Worker(ABC):
@@ -85,6 +90,7 @@ class Worker(ABC):
             whether prompts of different lengths can be fed together (``can_pad``).
         everyone_holds_all: whether every rank holds every sequence.
         overlaps: whether a step that has been launched goes on by itself.
+        recording: on rank 0, where routes are recorded.
     """
 
     group: RankGroup
@@ -92,6 +98,7 @@ class Worker(ABC):
     model: Any
     everyone_holds_all: bool
     overlaps = False
+    recording: RouteRecording | None = None
 
     @property
     @abstractmethod
@@ -118,6 +125,10 @@ class Worker(ABC):
         Args:
             routes: logical ids, int32 ``[steps, MoE layers, sequences, K]``; None routes as usual again.
         """
+
+    def record(self, recording: RouteRecording) -> None:
+        """Hand the routes of every pass from now on to a recording (rank 0)."""
+        self.recording = recording
 
     def take_load(self) -> Load | None:
         """Work of all slots since the last call; None on ranks that do not know it. Called between steps."""

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("conf", "kernels", "placement", "profiler", "runtime")
 
-# What the profiler offers to the others: the trace, its statistics, and to the runtime the recording seam and the
-# start-up check.
+# What the profiler offers to the others: the trace, its statistics, and to the runtime the recording seam, the
+# start-up check and the reader of prompts.
 TRACE_AND_STATISTICS = (
     r"affinity_groups errors fingerprint routing_counts statistics trace_format trace_header trace_writer"
 )
@@ -24,7 +24,14 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "profiler": set(),
     "placement": SHARED_BY_PROFILER,
-    "runtime": {"placement", "kernels", "profiler.seam", "profiler.environment", *SHARED_BY_PROFILER},
+    "runtime": {
+        "placement",
+        "kernels",
+        "profiler.seam",
+        "profiler.environment",
+        "profiler.prompts",
+        *SHARED_BY_PROFILER,
+    },
 }
 
 # Modules that run a model; all others of these two packages must import on a machine without torch and transformers.

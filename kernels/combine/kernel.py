@@ -27,13 +27,14 @@ def combine_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Sum in the order choice 0 … K - 1, shared, residual; then normalise what was stored."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = columns < width
     scale = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)  # no kernel wrote it
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     row = token * width + columns
     summed = tl.zeros([BLOCK_D], tl.float32)
     for choice in tl.static_range(TOP_K):

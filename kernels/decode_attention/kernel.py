@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.decode_attention.splits import MAX_SPLITS, Tiles, choose_splits, choose_tiles
-from kernels.launch import overlap
+from kernels.decode_attention.splits import Tiles, choose_splits, choose_tiles
+from kernels.launch import overlap, power_of_two
 
 LOG2_E = 1.4426950408889634
 MIN_ROWS = 16  # of a tile that the matrix units take
@@ -62,8 +62,8 @@ def add_splits(
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
     split, column = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_D)
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     _, _, active = split_range(length, oldest, 0, splits, BLOCK)
@@ -128,8 +128,8 @@ def _decode_attention(
     q_offset = sequence * (H * D) + head[:, None] * D + column[None, :]
 
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     length = tl.load(lengths + sequence)
     oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
     start, end, _ = split_range(length, oldest, split, splits, BLOCK)
@@ -244,6 +244,6 @@ def decode_attention_triton(
         )
     if batch and splits > 1:
         add_splits[(num_heads, batch)](
-            partial, peaks, totals, lengths, sink, out, splits, BLOCK_SPLITS=MAX_SPLITS, num_warps=4, **common
+            partial, peaks, totals, lengths, sink, out, splits, BLOCK_SPLITS=power_of_two(splits), num_warps=4, **common
         )
     return out

@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.grouped_gemm.reference import GPT_OSS_ALPHA, GPT_OSS_LIMIT, Activation
-from kernels.grouped_gemm.tiles import Tiles, choose_tiles, row_tiles
+from kernels.grouped_gemm.activation import activated
+from kernels.grouped_gemm.pairs import pair_product
+from kernels.grouped_gemm.reference import Activation
+from kernels.grouped_gemm.tiles import Lines, Tiles, choose_lines, choose_tiles, row_tiles
 from kernels.launch import overlap, power_of_two
 from kernels.permute import Permutation
-
-ALPHA = tl.constexpr(GPT_OSS_ALPHA)
-LIMIT, LEAST = tl.constexpr(GPT_OSS_LIMIT), tl.constexpr(-GPT_OSS_LIMIT)
 
 
 @triton.jit
@@ -57,8 +56,8 @@ def product_kernel(
 ):
     """One tile of ``x[pair // TOP_K] @ weight[slot].T``, and of the up projection below it where there is one."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     blocks = tl.cdiv(num_columns, COLUMNS)
     inside_group = tl.program_id(0) % (group * blocks)
     tile = tl.program_id(0) // (group * blocks) * group + inside_group % group
@@ -100,12 +99,7 @@ def product_kernel(
             sum_MN += tl.load(biases).to(tl.float32)[None, :]
             if ACTIVATION != "none":
                 up_MN += tl.load(biases + num_columns).to(tl.float32)[None, :]
-        if ACTIVATION == "silu":
-            sum_MN = sum_MN / (1 + tl.exp(-sum_MN)) * up_MN
-        if ACTIVATION == "gpt_oss":
-            gate_MN = tl.where(sum_MN > LIMIT, LIMIT, sum_MN)  # NaN stays, as a minimum would not let it
-            up_MN = tl.where(up_MN > LIMIT, LIMIT, tl.where(up_MN < LEAST, LEAST, up_MN))
-            sum_MN = (up_MN + 1) * gate_MN / (1 + tl.exp(-(gate_MN * ALPHA)))
+        sum_MN = activated(sum_MN, up_MN, ACTIVATION)
         out_MN = out + pairs_M.to(tl.int64)[:, None] * num_columns + columns_N[None, :]
         stored_MN = (rows < end)[:, None] & (columns_N < num_columns)[None, :]
         tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=stored_MN)
@@ -168,9 +162,12 @@ def gate_up_triton(
     top_k: int,
     activation: Activation = "silu",
     bias: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Lines | None = None,
 ) -> torch.Tensor:
-    """What `gate_up` computes; the same arguments and results, and tiles to try."""
+    """What `gate_up` computes; the same arguments and results, and tiles or lines to try."""
+    tiles = tiles or choose_lines(len(permutation.order), *weight.shape, gated=True)
+    if isinstance(tiles, Lines):
+        return pair_product(x, weight, bias, permutation, top_k, activation, tiles)
     tiles = tiles or choose_tiles(len(permutation.order), len(weight), weight.shape[1] // 2, True, x.element_size())
     return _product(x, weight, bias, permutation, top_k, activation, tiles)
 
@@ -180,8 +177,11 @@ def down_triton(
     weight: torch.Tensor,
     permutation: Permutation,
     bias: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Lines | None = None,
 ) -> torch.Tensor:
-    """What `down` computes; the same arguments and results, and tiles to try."""
+    """What `down` computes; the same arguments and results, and tiles or lines to try."""
+    tiles = tiles or choose_lines(len(hidden), *weight.shape, gated=False)
+    if isinstance(tiles, Lines):
+        return pair_product(hidden, weight, bias, permutation, 1, "none", tiles)
     tiles = tiles or choose_tiles(len(hidden), len(weight), weight.shape[1], False, hidden.element_size())
     return _product(hidden, weight, bias, permutation, 1, "none", tiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FEW_PROGRAMS = 2 * 132  # two for each of Hopper's multiprocessors
+DEEPEST = 8192  # reduction of lines; tiles read longer ones as fast
 
 
 class Tiles(NamedTuple):
@@ -29,10 +30,44 @@ class Tiles(NamedTuple):
     bulk: bool = False
 
 
+class Lines(NamedTuple):
+    """A program's share of one pair's product, where few pairs are computed one by one.
+
+    Attributes:
+        columns: of the output.
+        depth: of the reduction, loaded at once; the rest follows in the same program.
+        warps: of one program.
+    """
+
+    columns: int
+    depth: int
+    warps: int
+
+
 def row_tiles(num_pairs: int, num_slots: int, rows: int) -> int:
     """The most row tiles that so many pairs can have, however they fall on the slots."""
     active = min(num_pairs, num_slots)
     return active + (num_pairs - active) // rows
+
+
+def choose_lines(num_pairs: int, num_slots: int, rows: int, depth: int, gated: bool) -> Lines | None:
+    """Lines of one product, None where tiles are faster, as measured on an H100 (`benchmarks/kernels_moe_pairs.py`).
+
+    Two pairs of one slot read its weights twice, the second time out of L2; up to half as many pairs as slots that is
+    cheaper than tiles.
+
+    Args:
+        num_pairs: T·K.
+        num_slots: P.
+        rows: of one slot's weights.
+        depth: of the reduction.
+        gated: whether half of the rows are the up projection's.
+    """
+    if num_pairs > num_slots // 2 or depth > DEEPEST:
+        return None
+    if depth <= 2048 and not gated:
+        return Lines(columns=8, depth=256, warps=4)
+    return Lines(columns=4, depth=1024, warps=4)
 
 
 def choose_tiles(num_pairs: int, num_slots: int, columns: int, gated: bool, item_bytes: int) -> Tiles:

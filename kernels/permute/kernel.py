@@ -16,8 +16,8 @@ LARGEST_BLOCK = 4096
 def permute_kernel(slots, order, indptr, num_pairs, num_slots, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Count the pairs before the program's slot, then list its own."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     slot = tl.program_id(0)
     before_N = tl.zeros([BLOCK], tl.int32)
     own_N = tl.zeros([BLOCK], tl.int32)

@@ -25,13 +25,14 @@ def _add_rms_norm(
     ADD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * D
     column = tl.arange(0, BLOCK)
     inside = column < D
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     value = tl.load(x + row + column, mask=inside, other=0.0)
     if ADD:
         added = tl.load(residual + row + column, mask=inside, other=0.0)

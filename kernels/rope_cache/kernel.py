@@ -81,8 +81,8 @@ def _rope_cache(
     exists = head < H + 2 * G
 
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     source = qkv + token * row_stride + head * D
     first = tl.load(source + first_column, mask=exists & has_pair, other=0.0).to(tl.float32)
     second = tl.load(source + second_column, mask=exists & has_pair, other=0.0).to(tl.float32)

@@ -12,6 +12,14 @@ import triton.language as tl
 NAN = tl.constexpr(-1e30)
 OTHER_GROUP = tl.constexpr(-2e30)
 PADDING = tl.constexpr(-3e30)
+CHOSEN = tl.constexpr(-(2**31))  # below the key of every number
+
+
+@triton.jit
+def ordered_bits(values):
+    """Integers in the order of float32 values: a warp finds the greatest integer in one instruction."""
+    bits = values.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 @triton.jit
@@ -80,17 +88,20 @@ def choose(
         choice_TE = keep_top_groups(choice_TE, experts, num_experts, GROUPS, TOP_GROUPS, TOP2)
     choice_TE = tl.where((experts < num_experts)[None, :], choice_TE, PADDING)
 
+    keys_TE = ordered_bits(choice_TE)
     choices = tl.arange(0, BLOCK_K)
     ids_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     weights_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     for choice in tl.static_range(TOP_K):
-        weight, best = tl.max(choice_TE, 1, return_indices=True, return_indices_tie_break_left=True)
+        key = tl.max(keys_TE, 1)
+        best = tl.min(tl.where(keys_TE == key[:, None], experts[None, :], BLOCK_E), 1)
         chosen_TE = experts[None, :] == best[:, None]
         if bias is None:
+            weight = tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
             weight = tl.where(weight == NAN, float("nan"), weight)
         else:
             weight = tl.sum(tl.where(chosen_TE, scores_TE, 0.0), 1)
-        choice_TE = tl.where(chosen_TE, -float("inf"), choice_TE)
+        keys_TE = tl.where(chosen_TE, CHOSEN, keys_TE)
         ids_TK = tl.where((choices == choice)[None, :], best[:, None], ids_TK)
         weights_TK = tl.where((choices == choice)[None, :], weight[:, None], weights_TK)
     if RENORMALISE:

@@ -37,8 +37,8 @@ def route_kernel(
 ):
     """Route the program's token."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     choose(
         logits,
         bias,

@@ -43,8 +43,8 @@ def route_permute_kernel(
 ):
     """Route all tokens; a pair's place is the number of pairs that come before it."""
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     slots_TK = choose(
         logits,
         bias,

@@ -30,6 +30,8 @@ def _skinny_linear(
     BIAS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = column < D
@@ -37,7 +39,6 @@ def _skinny_linear(
     tile = tl.load(weight + place, mask=(row < N)[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     for token in tl.static_range(T):
         value = tl.load(x + token * D + column, mask=inside, other=0.0).to(tl.float32)
         total = tl.sum(tile * value[None, :], axis=1)

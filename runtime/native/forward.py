@@ -5,7 +5,8 @@ Shape legend: T tokens, K choices per token, D model width, H query heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn.functional import linear, silu
 from kernels.combine import combine
 from kernels.grouped_gemm import down, gate_up
 from kernels.level_dispatch import level_slots
+from kernels.norm_linear import norm_linear
 from kernels.permute import Permutation, permute
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_cache import rope_cache
@@ -47,6 +49,7 @@ class Decoder:
             their permutation.
         ranks: that the layers are shared with; None where this one has all.
         load: counts the pairs of every slot, where that is wanted.
+        kept_routes: where it is a list, every MoE layer adds the experts of the pass's tokens, int32 ``[T, K]``.
     """
 
     shape: DecoderShape
@@ -56,6 +59,17 @@ class Decoder:
     replace_routes: ReplaceRoutes | None = None
     ranks: Ranks | None = None
     load: SlotCounter | None = None
+    kept_routes: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def keep_routes(self) -> Iterator[list[torch.Tensor]]:
+        """While entered, the list that every MoE layer adds its experts to."""
+        kept: list[torch.Tensor] = []
+        self.kept_routes = kept
+        try:
+            yield kept
+        finally:
+            self.kept_routes = None
 
 
 def run_layers(
@@ -85,10 +99,8 @@ def run_layers(
     for number, layer in enumerate(layers):
         q = _queries(decoder, number, normed, positions, slot_index)
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
-        finish = add_rms_norm if decoder.ranks is None else decoder.ranks.finish_attention
-        residual, normed = finish(attended, residual, layer.mlp_norm, shape.eps)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
-        residual, normed = _feed_forward(decoder, number, residual, normed, next_norm)
+        residual, normed = _feed_forward(decoder, number, attended, residual, next_norm)
     if decoder.load is not None:
         decoder.load.end_pass(decoding, slot_index)
     return normed
@@ -115,27 +127,38 @@ def _queries(
 
 
 def _feed_forward(
-    decoder: Decoder, number: int, residual: torch.Tensor, normed: torch.Tensor, next_norm: torch.Tensor
+    decoder: Decoder, number: int, attended: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's experts or MLP, the residual, and the next layer's norm; both ``[T, D]``."""
-    layer, eps = decoder.weights.layers[number], decoder.shape.eps
+    """What follows a layer's attention: the residual and the next layer's norm, both ``[T, D]``."""
+    layer, eps, ranks = decoder.weights.layers[number], decoder.shape.eps, decoder.ranks
     if layer.experts is None:
         assert layer.mlp is not None
+        add = add_rms_norm if ranks is None else ranks.finish_attention
+        residual, normed = add(attended, residual, layer.mlp_norm, eps)
         return add_rms_norm(gated_mlp(normed, layer.mlp), residual, next_norm, eps)
-    routes, permutation = choose_experts(decoder.shape, layer.experts, normed)
+    experts, dtype = layer.experts, torch.float32 if decoder.shape.routing.float32 else None
+    if ranks is not None and ranks.share.ranks > 1:
+        residual, normed = ranks.finish_attention(attended, residual, layer.mlp_norm, eps)
+        logits = skinny_linear(normed, experts.router, experts.router_bias, dtype)
+    else:
+        residual, normed, logits = norm_linear(
+            attended, residual, layer.mlp_norm, eps, experts.router, experts.router_bias, dtype
+        )
+    routes, permutation = choose_experts(decoder.shape, experts, logits)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
     if decoder.load is not None:
         decoder.load.note(routes.slots)
-    pairs = run_experts(decoder.shape, layer.experts, normed, permutation)
-    finish = combine if decoder.ranks is None else decoder.ranks.finish_experts
+    if decoder.kept_routes is not None:
+        decoder.kept_routes.append(routes.ids)
+    pairs = run_experts(decoder.shape, experts, normed, permutation)
+    finish = combine if ranks is None else ranks.finish_experts
     return finish(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
-def choose_experts(shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor) -> tuple[Routes, Permutation]:
-    """The router's choice for tokens ``[T, D]``, and the pairs of every slot."""
+def choose_experts(shape: DecoderShape, experts: ExpertWeights, logits: torch.Tensor) -> tuple[Routes, Permutation]:
+    """The experts that the router's logits ``[T, E]`` choose, and the pairs of every slot."""
     routing = shape.routing
-    logits = skinny_linear(normed, experts.router, experts.router_bias, torch.float32 if routing.float32 else None)
     scoring: dict[str, Any] = {
         "top_k": shape.top_k,
         "scoring": routing.scoring,

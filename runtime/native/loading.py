@@ -158,7 +158,16 @@ def load_native(
     )
     eos = eos_token_ids(_generation_config(model), config)
     reads = step_reads(decoder)
-    facts = ModelFacts("native", shape.vocabulary, dtype, native.max_context, eos, reads, native.cache_size)
+    facts = ModelFacts(
+        path="native",
+        vocabulary=shape.vocabulary,
+        dtype=dtype,
+        max_context=native.max_context,
+        eos_token_ids=eos,
+        reads=reads,
+        cache=native.cache_size,
+        expert_bytes=reads.expert_bytes or None,
+    )
     return NativeWorker(native, facts, group)
 
 

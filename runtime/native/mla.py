@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
+from kernels.head_linear import head_linear
 from kernels.mla_attention import mla_attention
 from kernels.mla_cache import mla_cache
 from kernels.rms_norm import add_rms_norm
@@ -117,11 +118,8 @@ def attend_rows(
     assert layer.kv_up is not None
     plain, rotated = q.split([latent.plain, latent.rotated], dim=2)
     keys_up, values_up = layer.kv_up.split([latent.plain, latent.value_size], dim=1)
-    q_latent = torch.bmm(plain.transpose(0, 1), keys_up).transpose(0, 1)
-    attended = mla_attention(q_latent, rotated, cache, page_table, lengths, latent.scale)
-    values = q.new_empty((*q.shape[:2], latent.value_size))
-    torch.bmm(attended.transpose(0, 1), values_up.transpose(1, 2), out=values.transpose(0, 1))
-    return values
+    attended = mla_attention(head_linear(plain, keys_up), rotated, cache, page_table, lengths, latent.scale)
+    return head_linear(attended, values_up.transpose(1, 2))
 
 
 def attend_prompts(shape: DecoderShape, layer: LayerWeights, q: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn.functional import linear
@@ -14,7 +14,8 @@ from runtime.native.new_tokens import NewTokens
 from runtime.native.prefill import prefill
 from runtime.native.replayed_routes import ReplayedRoutes
 from runtime.native.rows import Rows, RunningSequence
-from runtime.native.step import GraphedStep, decode_step
+from runtime.native.step import EagerStep, GraphedStep
+from runtime.recording import Fed, RouteRecording
 from runtime.sampling import Sampler
 from runtime.step_plan import Admission, Piece, StepPlan
 from runtime.worker_interface import NO_TOKEN, CacheSize
@@ -34,6 +35,7 @@ class NativeModel:
     Attributes:
         logits: of the last step, one row per sequence that got a token, in one or two tensors; the next step may
             overwrite them.
+        recording: takes the routes of every pass, where they are recorded.
     """
 
     can_merge = True
@@ -45,6 +47,7 @@ class NativeModel:
         self.cache_size = CacheSize(cache.num_tokens // cache.page_size, cache.page_size)
         self.max_context = min(len(decoder.rotary), cache.num_tokens)
         self.logits: list[torch.Tensor] = []
+        self.recording: RouteRecording | None = None
         self._prompts: dict[int, Admission] = {}  # of sequences that don't decode yet
         self._sequences: dict[int, RunningSequence] = {}
         self._rows: dict[tuple[int, int], Rows] = {}
@@ -109,7 +112,7 @@ class NativeModel:
     @torch.inference_mode()
     def _feed(self, pieces: Sequence[Piece], new: NewTokens) -> dict[int, RunningSequence]:
         """Feed pieces of prompts; the sequences whose prompts end."""
-        hidden = prefill(self.decoder, self._prompts, pieces, self.max_prefill_tokens)
+        hidden = prefill(self.decoder, self._prompts, pieces, self.max_prefill_tokens, self.recording)
         started: dict[int, RunningSequence] = {}
         for piece in pieces:
             if piece.stop == len(self._prompts[piece.sequence].tokens):
@@ -145,6 +148,8 @@ class NativeModel:
             self._replayed.advance()
         logits, sampled = step()[: len(running)], rows.sampled[: len(running)]
         self.logits.append(logits)
+        if self.recording is not None:
+            self.recording.keep([Fed(number, each.position, 1) for number, each in decoding.items()], step.routes)
         if self._sampler.choose_again(numbers, logits, sampled):
             rows.feed_sampled(len(running))
         new.add(decoding, sampled, *self._sampler.take_in(numbers, logits, sampled))
@@ -183,12 +188,12 @@ class NativeModel:
             columns *= 4
         return min(columns, -(-self.max_context // size))
 
-    def _step(self, num_rows: int, num_pages: int, nucleus: bool) -> Callable[[], torch.Tensor]:
+    def _step(self, num_rows: int, num_pages: int, nucleus: bool) -> GraphedStep | EagerStep:
         if (num_rows, num_pages) not in self._rows:
             self._rows[num_rows, num_pages] = Rows.empty(num_rows, num_pages, self.decoder.rotary.device)
         rows = self._rows[num_rows, num_pages]
         if self._graphs is None:
-            return lambda: decode_step(self.decoder, rows, nucleus)
+            return EagerStep(self.decoder, rows, nucleus)
         if (num_rows, num_pages, nucleus) not in self._graphs:
             self._graphs[num_rows, num_pages, nucleus] = GraphedStep(self.decoder, rows, nucleus, self._pool)
             self._filled = None  # the rows have advanced

@@ -13,6 +13,7 @@ import torch
 from runtime.native.forward import Decoder, run_layers
 from runtime.native.mla import LatentCache, attend_prompts
 from runtime.native.prefill_attention import prefill_attention
+from runtime.recording import Fed, RouteRecording
 from runtime.step_plan import Admission, Piece
 
 
@@ -35,7 +36,11 @@ def plan_passes(pieces: Sequence[Piece], max_tokens: int) -> list[list[Piece]]:
 
 @torch.inference_mode()
 def prefill(
-    decoder: Decoder, prompts: Mapping[int, Admission], pieces: Sequence[Piece], max_tokens: int
+    decoder: Decoder,
+    prompts: Mapping[int, Admission],
+    pieces: Sequence[Piece],
+    max_tokens: int,
+    recording: RouteRecording | None = None,
 ) -> torch.Tensor:
     """Feed pieces of prompts.
 
@@ -44,6 +49,7 @@ def prefill(
         prompts: by sequence, with their pages.
         pieces: at most one of a sequence.
         max_tokens: fed in one pass.
+        recording: takes the routes of every pass, where they are recorded.
 
     Returns:
         Hidden states of the last tokens of the prompts that end, in the order of their pieces, after the last norm,
@@ -53,8 +59,13 @@ def prefill(
     last = decoder.weights.norm.new_empty((len(ending), decoder.shape.width))
     for together in plan_passes(pieces, max_tokens):
         groups = _group(together)
-        hidden = _run_pass(decoder, prompts, groups)
         ordered = [piece for group in groups for piece in group]
+        if recording is None:
+            hidden = _run_pass(decoder, prompts, groups)
+        else:
+            with decoder.keep_routes() as routes:
+                hidden = _run_pass(decoder, prompts, groups)
+            recording.keep([Fed(p.sequence, p.start, p.stop - p.start) for p in ordered], routes)
         ends = torch.tensor([piece.stop - piece.start for piece in ordered]).cumsum(0) - 1
         done = [i for i, piece in enumerate(ordered) if piece.stop == len(prompts[piece.sequence].tokens)]
         if done:

@@ -56,6 +56,28 @@ def decode_step(decoder: Decoder, rows: Rows, nucleus: bool) -> torch.Tensor:
     return logits
 
 
+class EagerStep:
+    """One size of the decode step, run operator by operator.
+
+    Args:
+        decoder: the model.
+        rows: of this size.
+        nucleus: as in `decode_step`.
+
+    Attributes:
+        routes: experts of every MoE layer in the latest step, int32 ``[B, K]``.
+    """
+
+    def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool) -> None:
+        self._decoder, self._rows, self._nucleus = decoder, rows, nucleus
+        self.routes: list[torch.Tensor] = []
+
+    def __call__(self) -> torch.Tensor:
+        """Take the step; logits ``[B, V]``."""
+        with self._decoder.keep_routes() as self.routes:
+            return decode_step(self._decoder, self._rows, self._nucleus)
+
+
 class GraphedStep:
     """One size of the decode step, captured: the same rows and memory at every replay.
 
@@ -64,6 +86,10 @@ class GraphedStep:
         rows: of this size; they must be filled again after capturing, which runs the step.
         nucleus: as in `decode_step`.
         pool: handle of the memory shared by graphs that never run at the same time.
+
+    Attributes:
+        routes: as of `EagerStep`: the graph's own tensors, which every replay fills, so that reading them costs the
+            step nothing.
     """
 
     def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool, pool: Any) -> None:
@@ -73,7 +99,8 @@ class GraphedStep:
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
         # Other threads may be copying weights: their calls don't concern this capture.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        capturing = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+        with decoder.keep_routes() as self.routes, capturing:
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from runtime.distributed import RankGroup
 from runtime.load import Load
 from runtime.native.model import NativeModel
+from runtime.recording import RouteRecording
 from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 from runtime.worker_interface import ModelFacts, Tokens, Worker
@@ -40,6 +41,10 @@ class NativeWorker(Worker):
             return known
 
         return tokens
+
+    def record(self, recording: RouteRecording) -> None:
+        """Hand every pass's routes over; see `Worker.record`."""
+        self.recording = self.model.recording = recording
 
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fastapi import Request, Response
@@ -21,8 +22,8 @@ CLIENT_CLOSED_REQUEST = 499
 class AnswerFormat(Protocol):
     """How one endpoint writes its answers, as JSON objects."""
 
-    def answer(self, texts: list[str], finish_reasons: list[str], usage: dict[str, int]) -> dict[str, Any]:
-        """The whole answer; lists are by choice."""
+    def answer(self, choices: Sequence[TextDelta], usage: dict[str, int]) -> dict[str, Any]:
+        """The whole answer, from every choice's whole text."""
         ...
 
     def opening_chunks(self, num_choices: int) -> list[dict[str, Any]]:
@@ -50,23 +51,25 @@ async def answer(
     Raises:
         ApiError: 500 or 503, if the engine fails.
     """
-    texts = [""] * generation.num_choices
-    reasons = [""] * generation.num_choices
-    parts: list[list[str]] = [[] for _ in texts]
+    parts: list[list[TextDelta]] = [[] for _ in range(generation.num_choices)]
     try:
         async with aclosing(generation.deltas(request.receive)) as deltas:
             async for delta in deltas:
-                parts[delta.choice].append(delta.text)
-                reasons[delta.choice] = delta.finish_reason or ""
+                parts[delta.choice].append(delta)
     except ClientDisconnected:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     except GenerationError as error:
         raise _server_error(engine, error) from error
     finally:
         generation.close()
-    texts = ["".join(pieces) for pieces in parts]
-    content = answer_format.answer(texts, reasons, usage(prompt_tokens, generation.num_tokens))
+    content = answer_format.answer([_whole(pieces) for pieces in parts], usage(prompt_tokens, generation.num_tokens))
     return Response(_encode(content), media_type="application/json")
+
+
+def _whole(pieces: Sequence[TextDelta]) -> TextDelta:
+    """One choice's pieces as one; the last has the finish reason."""
+    text = "".join(piece.text for piece in pieces)
+    return replace(pieces[-1], text=text, tokens=[token for piece in pieces for token in piece.tokens])
 
 
 class EventStream(Response):

@@ -20,6 +20,7 @@ from runtime.server.facts import facts_router
 from runtime.server.metered_engine import MeteredEngine
 from runtime.server.metrics import Metrics, metrics_router
 from runtime.server.openapi import install_openapi
+from runtime.server.page import page_router
 from runtime.server.placement import Placement, placement_router
 from runtime.server.request_log import REQUEST_ID, RequestLog
 from runtime.server.tokenization import tokenization_router
@@ -37,6 +38,7 @@ def create_app(
     *,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    compare_url: str | None = None,
 ) -> FastAPI:
     """The OpenAI-compatible application for one model.
 
@@ -48,6 +50,7 @@ def create_app(
         placement: what is served, and how it goes; None leaves the routes and metrics about it out.
         api_key: that guarded requests must bring; None serves everyone.
         cors_origins: web pages from these origins may send requests.
+        compare_url: of a second server, which the page at ``/`` asks beside this one.
 
     Source: the routes and shapes of OpenAI's API reference (completions, chat completions, models), and of vLLM's
         server where it has more.
@@ -66,6 +69,7 @@ def create_app(
     app.include_router(metrics_router(metrics))
     if placement is not None:
         app.include_router(placement_router(placement, engine, model_name))
+    app.include_router(page_router(compare_url))
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit)
     if api_key is not None:

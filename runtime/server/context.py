@@ -9,13 +9,15 @@ from weakref import WeakSet
 
 from jinja2 import TemplateError
 
-from runtime.requests import EngineError, SamplingParameters
+from runtime.requests import EngineError
 from runtime.server.detokenizer import DetokenizerFactory
 from runtime.server.errors import ApiError, bad_request, quote
 from runtime.server.generation import Generation, Submission
 from runtime.server.metered_engine import MeteredEngine
 from runtime.server.parameters import refuse_unsupported
+from runtime.server.sampling_fields import sampling_parameters
 from runtime.server.schemas import ChatMessage, GenerationRequest, Prompt
+from runtime.server.token_texts import TokenTexts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,6 +42,7 @@ class ServerContext:
         self.model_name = model_name
         self.created = created
         self._tokenizer = tokenizer
+        self.token_texts = TokenTexts(tokenizer)
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._vocabulary_size = len(tokenizer)
         # Encoding long text takes a while, so it runs in a thread; the tokenizer's state allows one at a time.
@@ -59,6 +62,8 @@ class ServerContext:
         if body.model is not None:
             self.check_model(body.model)
         refuse_unsupported(body)
+        self.check_token_ids(list(body.logit_bias or ()), "logit_bias")
+        self.check_token_ids(body.stop_token_ids or (), "stop_token_ids")
         copies = body.n or 1
         if num_prompts * copies > MAX_CHOICES:
             text = f"{num_prompts} prompts with n={copies} are {num_prompts * copies} choices, more than {MAX_CHOICES}"
@@ -158,9 +163,10 @@ class ServerContext:
         """
         if self._aborted is not None:
             raise EngineError(self._aborted)
+        rooms = [self._room(len(prompt), max_tokens, default_tokens) for prompt in prompts]
         submissions = [
-            Submission(prompt, self._sampling(body, self._room(len(prompt), max_tokens, default_tokens), copy))
-            for prompt in prompts
+            Submission(prompt, sampling_parameters(body, room, copy), body.user or "")
+            for prompt, room in zip(prompts, rooms, strict=True)
             for copy in range(body.n or 1)
         ]
         generation = Generation(self.engine, submissions, self._detokenizers, body.stop or ())
@@ -187,17 +193,6 @@ class ServerContext:
             total = f"{prompt_tokens} prompt tokens + {max_tokens} max_tokens = {prompt_tokens + max_tokens}"
             raise bad_request(f"{total}, the context is {context}; ask for at most {rest}", "max_tokens", code)
         return max_tokens
-
-    @staticmethod
-    def _sampling(body: GenerationRequest, max_tokens: int, copy: int) -> SamplingParameters:
-        return SamplingParameters(
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            # The copies of one prompt must differ, and still be repeatable.
-            seed=None if body.seed is None else body.seed + copy,
-            max_tokens=max_tokens,
-            ignore_eos=body.ignore_eos,
-        )
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])

@@ -36,7 +36,7 @@ class DetokenizerFactory:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._special_ids = frozenset(_special_ids(tokenizer))
-        kinds = _decoder_kinds(tokenizer)
+        kinds = decoder_kinds(tokenizer)
         self._byte_level = ByteLevelVocabulary(tokenizer, self._special_ids) if kinds == ["ByteLevel"] else None
         self._byte_ids = frozenset(_byte_fallback_ids(tokenizer) if "ByteFallback" in kinds else ())
 
@@ -151,7 +151,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ]
 
 
-def _decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def decoder_kinds(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Names of the steps of the tokenizer's decoder in the tokenizers library; none for a tokenizer in Python."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:

@@ -111,7 +111,8 @@ async def _answer_engine_error(_request: Request, error: Exception) -> Response:
 async def _answer_unexpected_error(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this answer, so uvicorn logs it with its traceback.
     request_id = request.scope.get("state", {}).get("request_id")
-    headers = {} if request_id is None else {"X-Request-Id": request_id}
+    headers = {"Connection": "close"}  # uvicorn closes it, and a client that sent another request would lose that
+    headers |= {} if request_id is None else {"X-Request-Id": request_id}
     text = f"internal error ({type(error).__name__}); see the server's log"
     return error_response(ApiError(500, text, headers=headers))
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.types import Receive
 
-from runtime.requests import SamplingParameters, TokenEvent
+from runtime.requests import SamplingParameters, TokenEvent, TokenLogprobs
 from runtime.server.detokenizer import Detokenizer
+from runtime.server.mailbox import Mailbox
 from runtime.server.metered_engine import MeteredEngine
 from runtime.server.stop_strings import StopMatcher
 
@@ -26,19 +26,33 @@ class ClientDisconnected(Exception):
 
 @dataclass(frozen=True)
 class Submission:
-    """One choice to generate: the prompt's token ids and how to sample."""
+    """One choice to generate: the prompt's token ids, how to sample, and on whose behalf."""
 
     prompt_token_ids: Sequence[int]
     sampling: SamplingParameters
+    user: str = ""
+
+
+@dataclass(frozen=True)
+class ReportedToken:
+    """A generated token with its log-probabilities; ``offset`` is how many characters of the text come before it."""
+
+    token_id: int
+    offset: int
+    logprobs: TokenLogprobs
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """A piece of text of one choice; the piece that has a finish reason is the choice's last."""
+    """A piece of text of one choice; the piece that has a finish reason is the choice's last.
+
+    ``tokens`` are those that begin in it, if their log-probabilities are asked for.
+    """
 
     choice: int
     text: str
     finish_reason: Literal["stop", "length"] | None
+    tokens: Sequence[ReportedToken] = ()
 
 
 class Generation:
@@ -63,14 +77,17 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, TokenEvent] | Exception] = asyncio.Queue()
         self._watch: asyncio.Task[None] | None = None
-        self._choices = [_Choice(index, make_detokenizer(), stop_strings) for index in range(len(submissions))]
+        self._choices = [
+            _Choice(index, submission.sampling, make_detokenizer(), stop_strings)
+            for index, submission in enumerate(submissions)
+        ]
         # Request ids by choice, of those that the engine has not ended as far as we know.
         self._running: dict[int, int] = {}
         self._open = set(range(len(submissions)))
         try:
             for index, submission in enumerate(submissions):
                 self._running[index] = engine.submit(
-                    submission.prompt_token_ids, submission.sampling, self._callback(index)
+                    submission.prompt_token_ids, submission.sampling, self._callback(index), submission.user
                 )
         except BaseException:
             self.close()
@@ -110,7 +127,7 @@ class Generation:
             if delta.finish_reason is not None:
                 self._open.discard(index)
                 self._finish(index)
-            if delta.text or delta.finish_reason is not None:
+            if delta.text or delta.tokens or delta.finish_reason is not None:
                 yield delta
 
     def abort(self, reason: str) -> None:
@@ -135,10 +152,11 @@ class Generation:
             self._engine.finish(request_id)
 
     def _callback(self, index: int) -> Callable[[TokenEvent], None]:
-        def on_event(event: TokenEvent) -> None:
-            # Called from the engine's thread. A closed loop means that the server is gone: nobody waits for the event.
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+        loop, queue = self._loop, self._queue
+        mailbox = Mailbox.of(loop)
+
+        def on_event(event: TokenEvent) -> None:  # called from the engine's thread
+            mailbox.put(loop, queue, (index, event))
 
         return on_event
 
@@ -151,11 +169,16 @@ class Generation:
 class _Choice:
     """Text of one choice: detokenisation, then stop strings."""
 
-    def __init__(self, index: int, detokenizer: Detokenizer, stop_strings: Sequence[str]) -> None:
+    def __init__(
+        self, index: int, sampling: SamplingParameters, detokenizer: Detokenizer, stop_strings: Sequence[str]
+    ) -> None:
         self.num_tokens = 0
         self._index = index
+        self._min_tokens = sampling.min_tokens
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stop_strings)
+        self._num_read = self._num_given = 0  # characters
+        self._held: list[ReportedToken] = []
 
     def read(self, event: TokenEvent) -> TextDelta:
         """The text that an event adds, and the finish reason if it ends the choice or completes a stop string."""
@@ -165,12 +188,23 @@ class _Choice:
         text = ""
         if event.token_id is not None:
             self.num_tokens += 1
+            if event.logprobs is not None:
+                self._held.append(ReportedToken(event.token_id, self._num_read, event.logprobs))
             text = self._detokenizer.push(event.token_id)
         if reason is not None:
             text += self._detokenizer.flush()
-        text, stopped = self._matcher.push(text)
+        self._num_read += len(text)
+        text, stopped = self._matcher.push(text, may_stop=self.num_tokens > self._min_tokens)
         if stopped:
-            return TextDelta(self._index, text, "stop")
+            return self._give(text, "stop")
         if reason is not None:
             text += self._matcher.flush()
-        return TextDelta(self._index, text, reason)
+        return self._give(text, reason)
+
+    def _give(self, text: str, reason: Literal["stop", "length"] | None) -> TextDelta:
+        """Tokens go out with the piece of text in which they begin; those after the cut at a stop string never do."""
+        self._num_given += len(text)
+        everything = reason is not None and self._num_given == self._num_read
+        due = [token for token in self._held if everything or token.offset < self._num_given]
+        self._held = self._held[len(due) :]
+        return TextDelta(self._index, text, reason, due)

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from runtime.server.api_key import is_guarded
+from runtime.server.parameters import HARMLESS, NEUTRAL
 
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 NAMES_MODEL = (*GENERATING, "/tokenize", "/detokenize", "/v1/models/{model_id}")
@@ -80,6 +81,9 @@ def _correct(document: dict[str, Any], guarded: bool) -> None:
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # we answer 400, in OpenAI's shape
         schemas.pop(name, None)
+    for schema in schemas.values():
+        if schema.get("additionalProperties") is True:
+            _describe_unsupported(schema)
     schemas |= {"Error": _ERROR, "Generated": _GENERATED}
     if guarded:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -93,6 +97,16 @@ def _correct(document: dict[str, Any], guarded: bool) -> None:
             if guarded and is_guarded(path):
                 operation["security"] = [{"key": []}]
                 responses["401"] = _error_response("The API key is missing or wrong")
+
+
+def _describe_unsupported(schema: dict[str, Any]) -> None:
+    """Say of a body which parameters are accepted without being used, as `refuse_unsupported` judges them."""
+    known = schema["properties"]
+    for name in sorted(HARMLESS - known.keys()):
+        known[name] = {"description": "accepted and not used"}
+    for name in sorted(NEUTRAL.keys() - known.keys()):
+        known[name] = {"description": "not supported; these values ask for nothing", "enum": [None, *NEUTRAL[name]]}
+    schema["additionalProperties"] = {"type": "null"}
 
 
 def _errors_of(path: str, method: str) -> dict[str, Any]:

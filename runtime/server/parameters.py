@@ -21,31 +21,36 @@ HARMLESS = frozenset(
         "safety_identifier",
         "service_tier",
         "store",
-        "user",
     }
 )
 
 # The values that ask for nothing (beside null), by parameter. False is not 0 here: 0 log-probabilities are some.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
+    "best_of": (1,),  # a chat's
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
     "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
+    "top_logprobs": (0,),  # a completion's
     "verbosity": (),
     "web_search_options": (),
+}
+
+# What there is instead, or what is missing.
+REASONS = {
+    "echo": "prompts are not repeated; put yours before the answer",
+    "function_call": "functions are not called here",
+    "functions": "functions are not called here",
+    "response_format": "answers are free text, {'type': 'text'}; ask for JSON in the prompt and check the answer",
+    "tool_choice": "tools are not called here",
+    "tools": "tools are not called here",
 }
 
 
@@ -59,7 +64,8 @@ def refuse_unsupported(body: BaseModel, prefix: str = "") -> None:
         if value is None or name in HARMLESS or _is_neutral(name, value):
             continue
         known = "is not supported" if name in NEUTRAL else "is unknown"
-        text = f"parameter {quote(prefix + name)} {known} (got {quote(value)}); leave it out"
+        reason = f": {REASONS[name]}" if name in REASONS else ""
+        text = f"parameter {quote(prefix + name)} {known} (got {quote(value)}){reason}; leave it out"
         raise bad_request(text, prefix + name, "unsupported_parameter")
     for name, value in body:
         children = value if isinstance(value, list) else [value]

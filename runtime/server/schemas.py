@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+from runtime.requests import MAX_LOGPROBS, REPETITION_PENALTIES
 from runtime.server.errors import quote
 
 MAX_STOP_STRINGS = 4
+MAX_STOP_TOKENS = 128
+MAX_BIASED_TOKENS = 300
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0)]
+NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Prompt = str | list[int]
 
 
@@ -44,6 +53,20 @@ def _check_stop(value: Any) -> Any:
     if len(stops) > MAX_STOP_STRINGS:
         raise ValueError(f"expected at most {MAX_STOP_STRINGS} stop strings, got {len(stops)}")
     return stops
+
+
+def _check_logit_bias(value: Any) -> Any:
+    """Turn token ids, which are strings as JSON's keys always are, into numbers."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or len(value) > MAX_BIASED_TOKENS:
+        raise ValueError(f"expected an object of at most {MAX_BIASED_TOKENS} token ids, got {quote(value)}")
+    for token, bias in value.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,17}", token):
+            raise ValueError(f"expected token ids as keys, got {quote(token)}")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"expected a number from -100 to 100 for token {token}, got {quote(bias)}")
+    return {int(token): bias for token, bias in value.items()}
 
 
 def _join_text_parts(value: Any) -> Any:
@@ -86,14 +109,43 @@ class GenerationRequest(Schema):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Not OpenAI's: go on after an end-of-sequence token, for measurements.
-    ignore_eos: bool = False
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        BeforeValidator(
+            _check_logit_bias,
+            json_schema_input_type=dict[Annotated[str, StringConstraints(pattern="^(0|[1-9][0-9]*)$")], Bias] | None,
+        ),
+    ] = None
+    user: str | None = None
+    # What follows is not OpenAI's; names and meanings are those of other servers.
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: (
+        Annotated[float, Field(ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1], allow_inf_nan=False)] | None
+    ) = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens to report with each token; None reports nothing."""
 
 
 class CompletionRequest(GenerationRequest):
     """The body of ``POST /v1/completions``."""
 
     prompt: Annotated[str | list[int] | list[str | list[int]], BeforeValidator(_check_prompt)]
+    logprobs: NumLogprobs | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See ``GenerationRequest``."""
+        return self.logprobs
 
     def prompts(self) -> list[Prompt]:
         """The prompts, one or several."""
@@ -115,3 +167,10 @@ class ChatCompletionRequest(GenerationRequest):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See ``GenerationRequest``."""
+        return (self.top_logprobs or 0) if self.logprobs else None

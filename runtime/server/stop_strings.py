@@ -23,8 +23,12 @@ class StopMatcher:
         self._matched = [0] * len(self._stops)
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
+    def push(self, text: str, may_stop: bool = True) -> tuple[str, bool]:
         """Read more text.
+
+        Args:
+            text: what follows.
+            may_stop: whether a stop string that is completed in this text counts.
 
         Returns:
             The text that may go out now, and whether a stop string was found; after that nothing may be pushed.
@@ -34,7 +38,7 @@ class StopMatcher:
         buffer = self._held + text
         for position, character in enumerate(text, start=len(self._held) + 1):
             completed = self._advance(character)
-            if completed:
+            if completed and may_stop:
                 self._held = ""
                 return buffer[: position - completed], True
         keep = len(buffer) - max(self._matched)
@@ -55,9 +59,10 @@ class StopMatcher:
                 matched = self._borders[index][matched - 1]
             if stop[matched] == character:
                 matched += 1
-            self._matched[index] = matched
             if matched == len(stop):
                 completed = max(completed, matched)
+                matched = self._borders[index][-1]  # should this match not count
+            self._matched[index] = matched
         return completed
 
 

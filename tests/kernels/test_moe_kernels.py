@@ -53,6 +53,22 @@ def test_products_in_interpreter() -> None:
     )
 
 
+def test_products_of_few_pairs_in_interpreter() -> None:
+    in_interpreter(
+        """
+        import torch
+        from kernels.grouped_gemm.tiles import Lines, choose_lines
+        from tests.support.moe_cases import check_products
+        assert choose_lines(8, 128, 1536, 2048, True) and not choose_lines(65, 128, 1536, 2048, True)
+        lines = Lines(columns=4, depth=16, warps=4)
+        check_products("cpu", torch.float32, "hot", (5, 2, 4, 72, 42), tiles=lines)
+        check_products("cpu", torch.float32, "foreign", (4, 3, 5, 40, 24), "gpt_oss", lines)
+        check_products("cpu", torch.float16, "random", (1, 2, 6, 64, 64))  # as they are chosen
+        check_products("cpu", torch.float16, "random", (0, 2, 4, 64, 40), tiles=lines)
+        """
+    )
+
+
 def test_combination_in_interpreter() -> None:
     in_interpreter(
         """
@@ -94,6 +110,24 @@ def test_small_kernels_compile_for_hopper() -> None:
         build(permute_kernel, "*bf16", {"BLOCK": 2048}, 8)
         for dtype in ("*bf16", "*fp32"):
             build(combine_kernel, dtype, {"TOP_K": 8, "BLOCK_D": 2048}, 8)
+        """
+    )
+
+
+def test_products_of_few_pairs_compile_for_hopper() -> None:
+    in_compiler(
+        """
+        from kernels.grouped_gemm.pairs import pair_kernel
+        from kernels.grouped_gemm.tiles import choose_lines
+        from tests.support.triton_compile import compile_for_sm90
+        for rows, depth, activation, dtype in ((5760, 2880, "gpt_oss", "*bf16"), (2048, 768, "none", "*fp16")):
+            lines = choose_lines(4, 32, rows, depth, activation != "none")
+            constants = {"D": depth, "TOP_K": 4, "ACTIVATION": activation, "BLOCK_P": 32, "OVERLAP": True}
+            constants |= {"COLUMNS": lines.columns, "DEPTH": lines.depth}
+            types = dict.fromkeys(("x", "weight", "bias", "out"), dtype) | {"order": "*i32", "indptr": "*i32"}
+            types |= {"num_slots": "i32", "num_columns": "i32"}
+            kernel = compile_for_sm90(pair_kernel, types, constants, num_warps=lines.warps)
+            assert "griddepcontrol.wait" in kernel.asm["ptx"]
         """
     )
 

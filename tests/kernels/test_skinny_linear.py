@@ -24,6 +24,9 @@ def test_reference(tokens: int, width: int, rows: int) -> None:
     assert found.dtype == torch.bfloat16
     expected = (x.double()[:, None] * weight.double()).sum(-1) + bias.double()
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+    exact = skinny_linear(x, weight, bias, torch.float32)
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(exact.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_in_interpreter() -> None:
@@ -38,6 +41,9 @@ def test_in_interpreter() -> None:
                 for added in (None, bias):
                     expected = skinny_linear_reference(x, weight, added)
                     torch.testing.assert_close(skinny_linear_triton(x, weight, added), expected, rtol=bound, atol=bound)
+                exact = skinny_linear_reference(x, weight, None, torch.float32)
+                found = skinny_linear_triton(x, weight, None, torch.float32)
+                torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
         """
     )
 
@@ -67,3 +73,6 @@ def test_on_gpu(tokens: int, width: int, rows: int, dtype: torch.dtype) -> None:
     bound = 2e-4 if dtype == torch.float32 else 2e-2
     found = skinny_linear(x, weight, bias).cpu().double()
     assert (found - expected.double()).norm() <= bound * expected.double().norm()
+    exact = skinny_linear_reference(x.cpu(), weight.cpu(), bias.cpu(), torch.float32).double()
+    found = skinny_linear(x, weight, bias, torch.float32).cpu().double()
+    assert (found - exact).norm() <= 2e-4 * exact.norm()

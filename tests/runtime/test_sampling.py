@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from profiler.errors import InputError
 from runtime.logprobs import logprob_rows, read_rows
 from runtime.requests import LEAST_LOGPROB, SamplingParameters
-from runtime.sampling import History, Sampler, adjust_logits, draw
+from runtime.sampling import ROWS_AT_ONCE, History, Sampler, adjust_logits, draw
 from runtime.step_plan import Admission
 from runtime.worker import RankWorker
 from runtime.worker_interface import NO_TOKEN
@@ -162,6 +162,17 @@ def test_draws_depend_on_the_own_request_alone(fields: dict[str, Any]) -> None:
     rows = [together.choose([2, 1, 0], LOGITS.repeat(3, 1))[0] for _ in range(50)]
     assert [row[1] for row in rows] == expected
     assert [row[2] for row in rows] != expected
+
+
+def test_more_sequences_than_are_changed_at_once() -> None:
+    count = ROWS_AT_ONCE + 3
+    asked = [SamplingParameters(seed=number, top_k=2 + number % 2, presence_penalty=1.0) for number in range(count)]
+    logits = torch.randn((count, 30), generator=torch.Generator().manual_seed(0))
+    together = sampler_of(*asked)
+    steps = [together.choose(range(count), logits)[0] for _ in range(3)]
+    for number, sampling in enumerate(asked):
+        alone = sampler_of(sampling)
+        assert [next_of(alone, 0, logits[number]) for _ in range(3)] == [step[number] for step in steps]
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**63 - 1])

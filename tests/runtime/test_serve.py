@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -22,78 +19,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.support.plans import make_plan
+from tests.support.serve_process import END_S, START_UP_S, ServeProcess
 from tests.support.tiny_models import MAX_POSITIONS, tiny_model
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
-PROJECT = Path(__file__).resolve().parents[2]
-START_UP_S = 120
-END_S = 15
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
 PROMPTS = ["The expert", "a", "In the beginning there was", "9 + 4 =", "print(x)"]
 NEW_TOKENS = 24
 
 Start = Callable[..., "ServeProcess"]
-
-
-class ServeProcess:
-    """A server and all it starts, in a process group of its own."""
-
-    def __init__(self, log: Path, *arguments: str, python: tuple[str, ...] = ("-m", "runtime")) -> None:
-        self._log = log
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        with log.open("w") as stderr:
-            command = [sys.executable, *python, *arguments]
-            self.process = subprocess.Popen(
-                command, cwd=PROJECT, env=environment, stderr=stderr, stdout=stderr, start_new_session=True
-            )
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def wait_ready(self) -> str:
-        """The URL, once it serves."""
-        deadline = time.monotonic() + START_UP_S
-        while time.monotonic() < deadline:
-            found = re.search(r"serving .* on (http://\S+)", self.log)
-            if found:
-                return found[1]
-            assert self.process.poll() is None, self.log
-            time.sleep(0.05)
-        raise TimeoutError(self.log)
-
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.wait_ready()}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def members(self) -> dict[int, str]:
-        """Living processes of the group, by id, with the start of their environment's rank ("" for rank 0)."""
-        found = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(group) == self.process.pid and state != "Z":
-                    rank = re.search(rb"(?:^|\0)RANK=(\d+)", (folder / "environ").read_bytes())
-                    found[int(folder.name)] = rank[1].decode() if rank else ""
-        return found
-
-    def pid_of(self, rank: int) -> int:
-        [pid] = [pid for pid, found in self.members().items() if found == str(rank)]
-        return pid
-
-    def wait_gone(self, seconds: float = END_S) -> None:
-        """Fail if a process of the group is still there after so long."""
-        deadline = time.monotonic() + seconds
-        while self.members():
-            assert time.monotonic() < deadline, f"still running: {self.members()}\n{self.log}"
-            time.sleep(0.05)
-
-    def error_lines(self) -> list[str]:
-        return [line for line in self.log.splitlines() if line.startswith("error:")]
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +91,7 @@ def test_answers_equal_transformers_and_sigterm_stops(start: Start, expected: Ca
     check_together(client, expected)
     check_chat(client, expected)
     check_seed_and_usage(client)
+    check_sampling(client)
     check_refusals(client)
 
     assert len(server.members()) == 2
@@ -202,6 +137,43 @@ def check_seed_and_usage(client: openai.OpenAI) -> None:
     assert first.choices[0].finish_reason == "length"
     assert first.usage is not None
     assert (first.usage.prompt_tokens, first.usage.completion_tokens, first.usage.total_tokens) == (3, 12, 15)
+
+
+def check_sampling(client: openai.OpenAI) -> None:
+    """Same seed, same text, alone or among others; a bias decides; log-probabilities are the model's own."""
+
+    def sample(seed: int) -> list[tuple[str, list[float]]]:
+        answer = client.completions.create(
+            model="model",
+            prompt="abc",
+            max_tokens=12,
+            seed=seed,
+            n=2,
+            logprobs=2,
+            presence_penalty=0.5,
+            extra_body={"ignore_eos": True, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2},
+        )
+        return [(choice.text, (choice.logprobs and choice.logprobs.token_logprobs) or []) for choice in answer.choices]
+
+    alone = sample(5)
+    assert alone[0][0] != alone[1][0]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(sample, (7, 5, 9, 4)))
+    for (text, logprobs), (same_text, same_logprobs) in zip(alone, together[1], strict=True):
+        assert text == same_text
+        assert logprobs == pytest.approx(same_logprobs, abs=1e-4)
+    assert together[3][1][0] == alone[0][0], "the second choice has the next seed"
+
+    biased: Any = {"prompt": "abc", "max_tokens": 3, "temperature": 0, "logprobs": 20}
+    plain = client.completions.create(model="model", **biased).choices[0].logprobs
+    forced = client.completions.create(model="model", logit_bias={"5": 100}, **biased).choices[0].logprobs
+    assert plain is not None
+    assert forced is not None
+    assert len(set(forced.tokens or [])) == 1
+    # Before anything differs but the bias, the model's own distribution is the same.
+    assert (plain.top_logprobs or [])[0].items() <= (forced.top_logprobs or [])[0].items()
+    first = (forced.token_logprobs or [0.0])[0]
+    assert first < max(plain.token_logprobs or [0.0]), "the bias is not in the log-probabilities"
 
 
 def check_refusals(client: openai.OpenAI) -> None:

@@ -38,6 +38,7 @@ class FakeWorker:
         self.model = SimpleNamespace(can_merge=can_merge, can_pad=can_pad)
         self.facts = SimpleNamespace(cache=cache)
         self.everyone_holds_all, self.overlaps = everyone, overlaps
+        self.recording = None
         self.logprobs: dict[int, TokenLogprobs] = {}
         self.plans: list[StepPlan] = []
         self.sent: list[StepPlan] = []

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from kernels.head_linear import head_linear, head_linear_reference
+from kernels.norm_linear import norm_linear
+from kernels.rms_norm import add_rms_norm
 from kernels.skinny_linear import skinny_linear
 from kernels.skinny_linear.reference import skinny_linear_reference
 from tests.support import attention_cases as attention
@@ -58,6 +61,16 @@ def small_ones() -> None:
         x, weight, bias = (torch.randn(size, device="cuda") for size in ((tokens, width), (rows, width), (rows,)))
         x, weight, bias = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
         attention.assert_near(skinny_linear(x, weight, bias), skinny_linear_reference(x, weight, bias))
+    for tokens, size, outputs in ((1, 128, 500), (4, 500, 33)):
+        x, weight = torch.randn(tokens, 3, size, device="cuda"), torch.randn(3, size, outputs, device="cuda")
+        attention.assert_near(head_linear(x, weight), head_linear_reference(x, weight))
+    for tokens, width in ((1, 2880), (8, 100)):
+        x, residual = torch.randn(2, tokens, width, device="cuda").bfloat16()
+        norm, weight = torch.ones(width, device="cuda"), torch.randn(33, width, device="cuda").bfloat16()
+        total, normed, found = norm_linear(x, residual, norm, 1e-6, weight)
+        for mine, theirs in zip((total, normed), add_rms_norm(x, residual, norm, 1e-6), strict=True):
+            attention.assert_near(mine, theirs)
+        attention.assert_near(found, skinny_linear_reference(normed, weight))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Job:
         dtype: name of the torch dtype.
         random_weights: draw the weights instead of reading them.
         sampling: of each prompt, resolved; None is greedy.
+        record: path of the traces that rank 0 records of every prompt, with token ids.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Job:
     new_tokens: int
     dtype: str = "float32"
     random_weights: bool = False
+    record: str | None = None
     sampling: list[SamplingParameters] | None = None
 
     def run(self, group: Any) -> Result:
@@ -181,9 +183,21 @@ def _run_job(job: Job, group: Any) -> Result:
     worker = RankWorker(model, report, plan, group, job.exchange)
     worker.context.on_routes = lambda layer, routes: result.routes.setdefault(layer, []).append(routes[0].cpu().numpy())
     _record_logits(worker, result)
+    if job.record is not None and group.rank == 0:
+        worker.record(_start_recording(job.record, plan, job.model, worker.facts))
     _drive(worker, job, group.world_size, result)
+    if worker.recording is not None:
+        worker.recording.close()
     result.load = worker.take_load()
     return result
+
+
+def _start_recording(path: str, plan: Any, model: str, facts: Any) -> Any:
+    from runtime.recording import start_recording
+    from runtime.recording_settings import RecordSettings
+
+    settings = RecordSettings(record=path, record_rate=1.0, record_token_ids=True)
+    return start_recording(settings, plan, model, facts)
 
 
 def _run_engine(job: EngineJob, group: Any) -> Result:
@@ -241,4 +255,7 @@ def _drive(worker: Any, job: Job, world_size: int, result: Result) -> None:
             result.tokens.setdefault(sequence, []).append(token)
             if len(result.tokens[sequence]) == job.new_tokens:
                 retire.append(sequence)
+        if worker.recording is not None:
+            for n in retire:
+                worker.recording.end(n, [*job.prompts[n], *result.tokens[n]], len(result.tokens[n]))
         step += 1

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.headless_chromium import (
-    missing_programs,
-    open_browser,
-    open_report,
-    prefer_dark,
-    resize,
-    wait_for_charts,
-)
+from benchmarks.headless_chromium import open_browser, open_report, prefer_dark, resize, wait_for_charts
 from profiler.profile import RoutingProfile
 from profiler.report import render_report
+from tests.support.browser import channels, contrast, problems, require_browser
 from tests.support.profiles import make_counts_profile, make_profile
 
 HOSTILE = "<img src=x onerror=alert(1)><a href='javascript:alert(2)'>law</a>"
@@ -31,10 +24,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    if (missing := missing_programs()) is not None:
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
+    require_browser()
     with open_browser() as opened:
         yield opened
 
@@ -72,10 +62,6 @@ def state(browser, chart: str) -> tuple[str, str, str]:
             chart,
         )
     )
-
-
-def problems(browser) -> list[str]:
-    return [entry["message"] for entry in browser.get_log("browser")]
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -191,21 +177,3 @@ def wait_until(browser, holds: Callable[[], bool]) -> None:
             return
         browser.execute_async_script("setTimeout(arguments[0], 50)")
     pytest.fail("did not happen within 5 s")
-
-
-def channels(colour: str) -> list[int]:
-    return [int(channel) for channel in colour.removeprefix("rgb(").removesuffix(")").split(",")]
-
-
-def contrast(first: str, second: str) -> float:
-    """Contrast ratio of two colours, as WCAG 2.2 defines it."""
-
-    def luminance(colour: str) -> float:
-        linear = [
-            c / 12.92 if (c := channel / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-            for channel in channels(colour)
-        ]
-        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-    low, high = sorted((luminance(first), luminance(second)))
-    return (high + 0.05) / (low + 0.05)

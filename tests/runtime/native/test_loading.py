@@ -32,7 +32,7 @@ def make_room(path: str, held: list[int], dtype: torch.dtype = torch.float32) ->
     return weights, parts
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"])
 def test_slots_hold_their_experts_and_nothing_is_left_out(family: str, saved_model: Callable[[str], str]) -> None:
     path = saved_model(family)
     whole, parts = make_room(path, list(range(8)))
@@ -40,7 +40,8 @@ def test_slots_hold_their_experts_and_nothing_is_left_out(family: str, saved_mod
     some, some_parts = make_room(path, [5, 0, 7])
     fill_from_checkpoint(path, some_parts)
     assert not any(part.destination.isnan().any() for part in (*parts, *some_parts))
-    for mine, all_of in zip(some.layers, whole.layers, strict=True):
+    dense = family == "deepseek_v3"  # its first layer
+    for mine, all_of in zip(some.layers[dense:], whole.layers[dense:], strict=True):
         assert mine.experts is not None
         assert all_of.experts is not None
         assert mine.experts.slot_of_expert.tolist() == [1, -1, -1, -1, -1, 0, -1, 2]
@@ -138,10 +139,13 @@ def test_long_prefills_set_more_memory_aside(saved_model: Callable[[str], str]) 
     assert long - short >= 7168 * shape.top_k * (shape.expert_width + shape.width) * 2
 
 
-def test_bytes_of_a_step(saved_model: Callable[[str], str]) -> None:
+@pytest.mark.parametrize(
+    ("family", "cached"), [("qwen3_moe", 2 * 2 * 8), ("deepseek_v2_lite", 16 + 16), ("deepseek_v2", 16 + 16)]
+)
+def test_bytes_of_a_step(family: str, cached: int, saved_model: Callable[[str], str]) -> None:
     """With every expert active, a step reads every weight once but the embedding, norms and biases."""
-    reads = step_reads(native_model(saved_model("qwen3_moe")).decoder)
-    tensors = load_file(Path(saved_model("qwen3_moe")) / "model.safetensors")
+    reads = step_reads(native_model(saved_model(family)).decoder)
+    tensors = load_file(Path(saved_model(family)) / "model.safetensors")
     weights = sum(t.nbytes for name, t in tensors.items() if t.ndim == 2 and "embed" not in name)
     assert reads.total(8, 0, 0) == weights
-    assert reads.total(0, 3, 10) - reads.total(0, 0, 10) == 3 * 10 * 3 * 2 * 2 * 8 * 4
+    assert reads.total(0, 3, 10) - reads.total(0, 0, 10) == 3 * 10 * 3 * cached * 4

@@ -64,9 +64,9 @@ def test_bfloat16_with_equal_routes(family: str, saved_model: Callable[[str], st
     path = saved_model(family)
     generator = np.random.default_rng(0)
     tokens = generator.integers(4, 120, (STEPS, len(PROMPTS))).tolist()
-    seen: list[torch.Tensor] = []
+    seen: list[Routes] = []
     reference = rounded(native_model(path))
-    reference.decoder.replace_routes = lambda _, *chosen: (seen.append(chosen[0].ids), chosen)[1]
+    reference.decoder.replace_routes = lambda _, *chosen: (seen.append(chosen[0]), chosen)[1]
     expected = feed(reference, tokens)
 
     tested = native_model(path, device="cuda", dtype=torch.bfloat16)
@@ -74,11 +74,13 @@ def test_bfloat16_with_equal_routes(family: str, saved_model: Callable[[str], st
     experts = [layer.experts for layer in tested.decoder.weights.layers]
 
     def replace(layer: int, routes: Routes, permutation: Permutation) -> tuple[Routes, Permutation]:
-        ids = next(replayed).cuda()
+        ids, _, given = (tensor.cuda() for tensor in next(replayed))
         table = experts[layer]
         assert table is not None
         slots = table.slot_of_expert[ids.long()]
-        return Routes(ids, slots, routes.weights), permute(slots, len(table.gate_up))
+        same = ids[:, :, None] == routes.ids[:, None]
+        weights = (same * routes.weights[:, None]).sum(2).where(same.any(2), given)  # given to what it did not choose
+        return Routes(ids, slots, weights), permute(slots, len(table.gate_up))
 
     tested.decoder.replace_routes = replace
     found, wanted = np.stack(feed(tested, tokens)), np.stack(expected)

@@ -53,11 +53,14 @@ def tokens_of(listener: Listener) -> list[int | None]:
     return [event.token_id for event in listener.wait()]
 
 
-def test_a_sequence_ends_in_the_middle_and_the_others_go_on(start: Start) -> None:
-    tokens, _ = greedy(tiny_model("qwen3_moe"), PROMPT, 40)
-    other, _ = greedy(tiny_model("qwen3_moe"), [100, 11, 12], 40)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2_lite"])
+def test_a_sequence_ends_in_the_middle_and_the_others_go_on(
+    family: str, start: Start, saved_model: Callable[[str], str]
+) -> None:
+    tokens, _ = greedy(tiny_model(family), PROMPT, 40)
+    other, _ = greedy(tiny_model(family), [100, 11, 12], 40)
     eos = next(token for token in tokens[5:] if token not in other)
-    engine = start(eos=(eos,))
+    engine = start(native_model(saved_model(family)), eos=(eos,))
     first, second = submit(engine, PROMPT, max_tokens=40), submit(engine, [100, 11, 12], max_tokens=40)
     assert tokens_of(first) == [*tokens[: tokens.index(eos)], None]
     assert first.events[-1].finish_reason == "stop"

@@ -31,6 +31,7 @@ class LiveServer:
     url: str
     tokenizer: Any
     app: Any
+    placement: Any
     client: openai.OpenAI = field(init=False)
     http: httpx.Client = field(init=False)
 
@@ -66,7 +67,7 @@ def serve() -> Iterator[Callable[..., LiveServer]]:
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([server_socket],), daemon=True)
         thread.start()
-        live = LiveServer(engine, socket_url(server_socket), tokenizer, app)
+        live = LiveServer(engine, socket_url(server_socket), tokenizer, app, options.get("placement"))
         running.append((server, thread, live))
         return live
 

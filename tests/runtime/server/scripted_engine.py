@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent
+from runtime.requests import EngineError, EngineStatus, SamplingParameters, TokenEvent, TokenLogprobs
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps.",
@@ -53,6 +53,12 @@ def byte_fallback_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def scripted_logprobs(token: int, count: int) -> TokenLogprobs:
+    """Log-probabilities that the engine makes up: the token comes second, after the next ids."""
+    ids = [token + 1, token, *range(token + 2, token + 20)][:count]
+    return TokenLogprobs(-1.5, tuple((token_id, -0.5 - place) for place, token_id in enumerate(ids)))
+
+
 class ScriptedEngine:
     """Plays one script per submitted request, in the order of submission, each from a thread of its own.
 
@@ -94,7 +100,7 @@ class ScriptedEngine:
         self.users.append(user)
         stop = self._stops[request_id] = threading.Event()
         script = self.scripts[number] if number < len(self.scripts) else []
-        threading.Thread(target=self._play, args=(script, sampling.max_tokens, stop, on_event), daemon=True).start()
+        threading.Thread(target=self._play, args=(script, sampling, stop, on_event), daemon=True).start()
         return request_id
 
     def cancel(self, request_id: int) -> None:
@@ -114,7 +120,10 @@ class ScriptedEngine:
 
     @staticmethod
     def _play(
-        script: Sequence[Step], max_tokens: int, stop: threading.Event, on_event: Callable[[TokenEvent], None]
+        script: Sequence[Step],
+        sampling: SamplingParameters,
+        stop: threading.Event,
+        on_event: Callable[[TokenEvent], None],
     ) -> None:
         sent = 0
         for step in script:
@@ -129,7 +138,9 @@ class ScriptedEngine:
                     return None
             elif isinstance(step, int):
                 sent += 1
-                on_event(TokenEvent(step, "length" if sent == max_tokens else None))
-                if sent == max_tokens:
+                ends = sent == sampling.max_tokens
+                logprobs = None if sampling.logprobs is None else scripted_logprobs(step, sampling.logprobs)
+                on_event(TokenEvent(step, "length" if ends else None, logprobs=logprobs))
+                if ends:
                     return None
         return on_event(TokenEvent(None, "stop"))

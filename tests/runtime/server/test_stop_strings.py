@@ -9,20 +9,21 @@ from hypothesis import strategies as st
 from runtime.server.stop_strings import StopMatcher
 
 
-def cut_by_search(text: str, stops: list[str]) -> tuple[str, bool]:
-    """Cut at the stop string that is completed first, the longest of those that end there."""
-    for end in range(1, len(text) + 1):
+def cut_by_search(text: str, stops: list[str], start: int = 0) -> tuple[str, bool]:
+    """Cut at the stop string that is completed first after ``start``, the longest of those that end there."""
+    for end in range(start + 1, len(text) + 1):
         lengths = [len(stop) for stop in stops if text[:end].endswith(stop)]
         if lengths:
             return text[: end - max(lengths)], True
     return text, False
 
 
-def run(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
+def run(stops: list[str], pieces: list[str], num_before: int = 0) -> tuple[list[str], bool]:
+    """What goes out of every piece; in the first ones nothing stops."""
     matcher = StopMatcher(stops)
     sent = []
-    for piece in pieces:
-        out, found = matcher.push(piece)
+    for place, piece in enumerate(pieces):
+        out, found = matcher.push(piece, may_stop=place >= num_before)
         sent.append(out)
         if found:
             return sent, True
@@ -35,10 +36,12 @@ letters = st.sampled_from("ab中😀")
 @given(
     stops=st.lists(st.text(letters, min_size=1, max_size=5), max_size=4),
     pieces=st.lists(st.text(letters, max_size=6), max_size=12),
+    num_before=st.integers(0, 6),
 )
-def test_equals_search_over_whole_text(stops: list[str], pieces: list[str]) -> None:
-    sent, found = run(stops, pieces)
-    assert ("".join(sent), found) == cut_by_search("".join(pieces), stops)
+def test_equals_search_over_whole_text(stops: list[str], pieces: list[str], num_before: int) -> None:
+    sent, found = run(stops, pieces, num_before)
+    start = len("".join(pieces[:num_before]))
+    assert ("".join(sent), found) == cut_by_search("".join(pieces), stops, start)
 
 
 @given(stop=st.text(letters, min_size=2, max_size=5), text=st.text(letters, max_size=20))

@@ -1,0 +1,101 @@
+"""A second server behind this one: the page asks it through ``/compare``, so that browsers need no permission for it.
+
+Only the server that the settings name, and only the routes that the page uses: this is no open proxy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+import httpx
+from fastapi import APIRouter, Request, Response
+from starlette.types import Receive, Scope, Send
+
+from runtime.server.errors import ApiError, error_response
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5
+READABLE = ("v1/models", "v1/placement", "v1/placement/load")
+WRITABLE = ("v1/completions", "v1/chat/completions")
+# The key is this server's: both are started with the same one.
+REQUEST_HEADERS = ("accept", "authorization", "content-type")
+RESPONSE_HEADERS = ("content-type", "retry-after")
+
+
+def second_server_router(url: str | None) -> APIRouter:
+    """The routes under ``/compare``.
+
+    Args:
+        url: of the second server, without a slash at the end; None answers 404 to everything.
+    """
+    router = APIRouter(prefix="/compare", include_in_schema=False)
+
+    def forwarder(path: str) -> Callable[[Request], Awaitable[Response]]:
+        async def forward(request: Request) -> Response:
+            if url is None:
+                text = "this server knows no second one; start it with compare_url=http://HOST:PORT"
+                raise ApiError(404, text, code="no_second_server")
+            headers = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
+            body = await request.body()
+            return Forwarded(httpx.Request(request.method, f"{url}/{path}", headers=headers, content=body))
+
+        return forward
+
+    for paths, method in ((READABLE, "GET"), (WRITABLE, "POST")):
+        for path in paths:
+            router.add_api_route(f"/{path}", forwarder(path), methods=[method])
+    return router
+
+
+class Forwarded(Response):
+    """Another server's answer, piece by piece as it comes; a client that leaves ends the request there too."""
+
+    def __init__(self, request: httpx.Request) -> None:
+        super().__init__()
+        self._request = request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask, and send what comes: 502 where nothing does."""
+        tasks = [asyncio.create_task(self._forward(scope, receive, send)), asyncio.create_task(_client_leaves(receive))]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = httpx.AsyncClient(
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,  # no proxy: the operator named the server itself
+            verify=self._request.url.scheme == "https",  # reading certificates takes long, and http has none
+        )
+        started = False
+        try:
+            async with client:
+                answer = await client.send(self._request, stream=True)
+                kept = [name for name in RESPONSE_HEADERS if name in answer.headers]
+                headers = [(name.encode(), answer.headers[name].encode()) for name in kept]
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
+                started = True
+                async for piece in answer.aiter_bytes():
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except httpx.HTTPError as error:
+            # Where it listens is the operator's business, not the page's.
+            logger.warning("the second server at %s: %s", self._request.url, error or type(error).__name__)
+            if not started:
+                text = "the second server does not answer; start it, or correct compare_url"
+                await error_response(ApiError(502, text, code="second_server_down"))(scope, receive, send)
+                return
+        # An answer that broke off ends here as well: a stream without its last event is not complete.
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _client_leaves(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
