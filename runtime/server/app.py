@@ -69,7 +69,7 @@ def create_app(
     app.include_router(metrics_router(metrics))
     if placement is not None:
         app.include_router(placement_router(placement, engine, model_name))
-    app.include_router(page_router(compare_url))
+    app.include_router(page_router(compare_url, context.track))
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit)
     if api_key is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakSet
 
 from jinja2 import TemplateError
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_CHOICES = 256
+
+
+class Abortable(Protocol):
+    """An answer under way, which may have to be ended by an error."""
+
+    def abort(self, reason: str) -> None:
+        """End it; called on the event loop."""
+        ...
 
 
 class ServerContext:
@@ -48,7 +56,7 @@ class ServerContext:
         # Encoding long text takes a while, so it runs in a thread; the tokenizer's state allows one at a time.
         self._encoding = asyncio.Lock()
         # Weak: a generation ends with its answer, whichever way that goes.
-        self._generations: WeakSet[Generation] = WeakSet()
+        self._running: WeakSet[Abortable] = WeakSet()
         # Why no more requests are taken, once they are not.
         self.stopping: str | None = None
         self._aborted: str | None = None
@@ -170,14 +178,20 @@ class ServerContext:
             for copy in range(body.n or 1)
         ]
         generation = Generation(self.engine, submissions, self._detokenizers, body.stop or ())
-        self._generations.add(generation)
+        self.track(generation)
         return generation
+
+    def track(self, running: Abortable) -> None:
+        """Let ``abort_generations`` end this too; called on the event loop."""
+        self._running.add(running)
+        if self._aborted is not None:
+            running.abort(self._aborted)
 
     def abort_generations(self, reason: str) -> None:
         """End every running generation by an error, and take no more; called on the event loop."""
         self._aborted = reason
-        for generation in list(self._generations):
-            generation.abort(reason)
+        for running in list(self._running):
+            running.abort(reason)
 
     def _room(self, prompt_tokens: int, max_tokens: int | None, default_tokens: int | None) -> int:
         """How many tokens to generate after a prompt."""

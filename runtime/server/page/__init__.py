@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Response
 
 from runtime.server.errors import ApiError, quote
-from runtime.server.page.second_server import second_server_router
+from runtime.server.page.second_server import Forwarded, second_server_router
 
 _FOLDER = Path(__file__).parent / "files"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -24,11 +25,12 @@ _HEADERS = {
 }
 
 
-def page_router(compare_url: str | None = None) -> APIRouter:
+def page_router(compare_url: str | None, track: Callable[[Forwarded], None]) -> APIRouter:
     """The page, its files, and under ``/compare`` the second server.
 
     Args:
         compare_url: of a second server that the page may ask the same prompt; None where there is none.
+        track: told of every answer of the second server, so that it ends where this server does.
     """
     router = APIRouter(include_in_schema=False)
     files = {path.name: path.read_bytes() for path in _FOLDER.iterdir() if path.suffix in _TYPES}
@@ -50,5 +52,5 @@ def page_router(compare_url: str | None = None) -> APIRouter:
             raise ApiError(404, f"the page has no file {quote(name)}; open /")
         return Response(files[name], media_type=_TYPES[Path(name).suffix], headers=_HEADERS)
 
-    router.include_router(second_server_router(compare_url))
+    router.include_router(second_server_router(compare_url, track))
     return router

@@ -6,8 +6,10 @@ Only the server that the settings name, and only the routes that the page uses: 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import httpx
 from fastapi import APIRouter, Request, Response
@@ -25,11 +27,12 @@ REQUEST_HEADERS = ("accept", "authorization", "content-type")
 RESPONSE_HEADERS = ("content-type", "retry-after")
 
 
-def second_server_router(url: str | None) -> APIRouter:
+def second_server_router(url: str | None, track: Callable[[Forwarded], None]) -> APIRouter:
     """The routes under ``/compare``.
 
     Args:
         url: of the second server, without a slash at the end; None answers 404 to everything.
+        track: told of every answer.
     """
     router = APIRouter(prefix="/compare", include_in_schema=False)
 
@@ -40,7 +43,9 @@ def second_server_router(url: str | None) -> APIRouter:
                 raise ApiError(404, text, code="no_second_server")
             headers = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
             body = await request.body()
-            return Forwarded(httpx.Request(request.method, f"{url}/{path}", headers=headers, content=body))
+            forwarded = Forwarded(httpx.Request(request.method, f"{url}/{path}", headers=headers, content=body))
+            track(forwarded)
+            return forwarded
 
         return forward
 
@@ -56,18 +61,30 @@ class Forwarded(Response):
     def __init__(self, request: httpx.Request) -> None:
         super().__init__()
         self._request = request
+        self._started = False
+        self._aborted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def abort(self, reason: str) -> None:
+        """End the answer by an error that says ``reason``."""
+        if not self._aborted.done():
+            self._aborted.set_result(reason)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ask, and send what comes: 502 where nothing does."""
-        tasks = [asyncio.create_task(self._forward(scope, receive, send)), asyncio.create_task(_client_leaves(receive))]
+        forward = asyncio.create_task(self._forward(scope, receive, send))
+        leaves = asyncio.create_task(_client_leaves(receive))
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            waited: tuple[asyncio.Future[Any], ...] = (forward, leaves, self._aborted)
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            complete, left = forward.done(), leaves.done()
         finally:
-            for task in tasks:
+            for task in (forward, leaves):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for task in done:
-            task.result()
+            await asyncio.gather(forward, leaves, return_exceptions=True)
+        if complete:
+            forward.result()
+        elif not left:
+            await self._fail(ApiError(503, self._aborted.result(), code="server_stopping"), scope, receive, send)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = httpx.AsyncClient(
@@ -75,25 +92,32 @@ class Forwarded(Response):
             trust_env=False,  # no proxy: the operator named the server itself
             verify=self._request.url.scheme == "https",  # reading certificates takes long, and http has none
         )
-        started = False
         try:
             async with client:
                 answer = await client.send(self._request, stream=True)
                 kept = [name for name in RESPONSE_HEADERS if name in answer.headers]
                 headers = [(name.encode(), answer.headers[name].encode()) for name in kept]
                 await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
-                started = True
+                self._started = True
                 async for piece in answer.aiter_bytes():
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
         except httpx.HTTPError as error:
             # Where it listens is the operator's business, not the page's.
             logger.warning("the second server at %s: %s", self._request.url, error or type(error).__name__)
-            if not started:
-                text = "the second server does not answer; start it, or correct compare_url"
-                await error_response(ApiError(502, text, code="second_server_down"))(scope, receive, send)
-                return
-        # An answer that broke off ends here as well: a stream without its last event is not complete.
+            text = "the second server does not answer; start it, or correct compare_url"
+            if self._started:
+                text = "the second server broke off"
+            await self._fail(ApiError(502, text, code="second_server_down"), scope, receive, send)
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer with an error, or end by its event what is being streamed."""
+        if not self._started:
+            await error_response(error)(scope, receive, send)
+            return
+        event = b"\n\ndata: " + json.dumps(error.body()).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
 async def _client_leaves(receive: Receive) -> None:

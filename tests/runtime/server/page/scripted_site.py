@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import uvicorn
@@ -16,6 +16,7 @@ from runtime.server import bind_socket
 from runtime.server.errors import ApiError, error_response, install_error_handlers
 from runtime.server.listener import socket_url
 from runtime.server.page import page_router
+from runtime.server.page.second_server import Forwarded
 
 # 3 layers, 2 GPUs; expert 0 has a copy on each GPU in layer 4.
 SLOTS = [[[0, 1], [2, 3]], [[0, 1, 2], [0, 3]], [[3, 2], [1, 0]]]
@@ -65,7 +66,7 @@ class ScriptedSite:
         self._socket = bind_socket("127.0.0.1", 0)
         self.url = socket_url(self._socket)
         app = FastAPI(openapi_url=None)
-        app.include_router(page_router(compare_url))
+        app.include_router(page_router(compare_url, self._track))
         install_error_handlers(app)
         self._add_routes(app)
         self._app = app
@@ -80,6 +81,7 @@ class ScriptedSite:
         self.full = False
         self.has_template = True
         self.seen: list[tuple[str, dict[str, Any]]] = []
+        self.forwarded: list[Forwarded] = []
         self.headers: dict[str, str] = {}
         self.polls = 0
         self.left = threading.Event()
@@ -94,6 +96,14 @@ class ScriptedSite:
         """Serve again on the same port."""
         self._socket = bind_socket("127.0.0.1", int(self.url.rpartition(":")[2]))
         self._start()
+
+    def on_loop(self, call: Callable[[], None]) -> None:
+        """Call something as the server's own code does, while an answer is forwarded."""
+        self._loop.call_soon_threadsafe(call)
+
+    def _track(self, answer: Forwarded) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.forwarded.append(answer)
 
     def _start(self) -> None:
         self._socket.listen()

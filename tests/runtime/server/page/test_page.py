@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 
@@ -110,6 +111,31 @@ def test_stream_arrives_piece_by_piece_and_a_client_that_leaves_ends_it(
         assert "first" in next(lines)
         assert not second.left.is_set()
     assert second.left.wait(5)
+
+
+def test_stream_ends_with_an_error_where_this_server_stops_or_the_second_one_dies(
+    site: ScriptedSite, second: ScriptedSite
+) -> None:
+    body = {"model": "team/demo", "prompt": "x", "stream": True}
+    for end, code in ((stop_forwarding, "server_stopping"), (restart_second, "second_server_down")):
+        second.reset()
+        second.pieces = ["first", threading.Event()]
+        with httpx.stream("POST", f"{site.url}/compare/v1/completions", json=body, timeout=10) as answer:
+            lines = answer.iter_lines()
+            assert "first" in next(lines)
+            end(site, second)
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
+        assert second.left.wait(5)
+
+
+def stop_forwarding(site: ScriptedSite, second: ScriptedSite) -> None:
+    site.on_loop(lambda: site.forwarded[-1].abort("the server is stopping"))
+
+
+def restart_second(site: ScriptedSite, second: ScriptedSite) -> None:
+    second.stop()
+    second.restart()
 
 
 def test_second_server_that_is_missing_or_down_is_told() -> None:
