@@ -72,10 +72,10 @@ def test_requests(own: Any) -> None:
     assert own.post(PATH, prompt=[1]).status_code == 500
     assert own.post(PATH, prompt=[]).status_code == 400
     own.engine.scripts.append([5, hold])
+    own.engine.cancel_seen.clear()  # by now the stop string has been
     with own.http.stream("POST", PATH, json={"prompt": [1], "stream": True}) as response:
         next(response.iter_lines())
     assert own.engine.cancel_seen.wait(10)
-    hold.set()
     value = read(own)
     by_reason = {r: value("request_success_total", finished_reason=r) for r in ("stop", "length", "error")}
     assert by_reason == {"stop": 2, "length": 1, "error": 1}
