@@ -60,8 +60,9 @@ def create_app(
     app = FastAPI(title="expertplan", version=version, docs_url=None, redoc_url=None)
     metrics = Metrics(engine, version, model_name, placement)
     context = ServerContext(MeteredEngine(engine, metrics), tokenizer, model_name, created)
-    # The process that serves the application ends generations through it.
+    # The process that serves the application ends generations through the one and half-sent requests through the other.
     app.state.context = context
+    app.state.reading = set()
     app.include_router(completions_router(context))
     app.include_router(chat_router(context))
     app.include_router(tokenization_router(context))
@@ -71,7 +72,7 @@ def create_app(
         app.include_router(placement_router(placement, engine, model_name))
     app.include_router(page_router(compare_url, context.track))
     # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, reading=app.state.reading)
     if api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=api_key)
     if cors_origins:

@@ -19,11 +19,25 @@ class BodyLimit:
 
     Answers 413 to a body of more than ``max_bytes``, holding no more than that in memory, and 408 to one that takes
     longer than ``max_seconds``. A request whose client goes away before its body has come is dropped.
+
+    Args:
+        app: sees whole requests only.
+        max_bytes: of a body.
+        max_seconds: for it to come.
+        reading: holds the deadlines of all bodies that are being read, so that a server that stops can bring them
+            forward.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES, max_seconds: float = MAX_BODY_S) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int = MAX_BODY_BYTES,
+        max_seconds: float = MAX_BODY_S,
+        reading: set[asyncio.Timeout] | None = None,
+    ) -> None:
         self.app = app
         self.max_bytes, self.max_seconds = max_bytes, max_seconds
+        self._reading = set() if reading is None else reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the body, then hand it to the application or refuse it."""
@@ -31,10 +45,14 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         try:
-            async with asyncio.timeout(self.max_seconds):
-                messages = await self._read(receive)
+            async with asyncio.timeout(self.max_seconds) as deadline:
+                self._reading.add(deadline)
+                try:
+                    messages = await self._read(receive)
+                finally:
+                    self._reading.discard(deadline)
         except TimeoutError:
-            text = f"the body did not come within {self.max_seconds:g} s; send it whole"
+            text = f"the body did not come in time, within {self.max_seconds:g} s or before the server stops"
             error = ApiError(408, text, code="request_timeout", headers={"Connection": "close"})
             await error_response(error)(scope, receive, send)
             return

@@ -151,13 +151,16 @@ class _Server(uvicorn.Server):
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         self.context: ServerContext = app.state.context
+        self._reading: set[asyncio.Timeout] = app.state.reading
         self.interrupted = False
         self._grace_seconds = grace_seconds
         self._on_signal = on_signal
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the running requests; those that outlast the grace get an error."""
+        """Wait for the running requests; those that outlast the grace get an error, half-sent ones at once."""
         loop = asyncio.get_running_loop()
+        for deadline in self._reading:
+            deadline.reschedule(loop.time())
         timer = loop.call_later(self._grace_seconds, self.context.abort_generations, STOPPING)
         try:
             await super().shutdown(sockets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,10 @@ def test_a_line_per_request(server: Any, caplog: pytest.LogCaptureFixture) -> No
     secret = {"prompt": "the secret", "max_tokens": 40}
     server.http.post(f"{PATH}?token=hidden", json=secret, headers={"X-Request-Id": "id-7"} | bearer(KEY))
     server.http.post("/a%0Aforged%20line")
+    deadline = time.monotonic() + 10
+    while len(caplog.records) < 2:  # a line is written after its answer has gone out
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     first, second = caplog.records
     assert first.message.startswith("POST /v1/completions 200 in ")
     assert second.message.startswith("POST /a\\nforged line 404 in ")

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -112,6 +113,32 @@ def test_failed_engine_ends_the_server(tokenizer: Any) -> None:
     assert results == ["rank 1 ended with code -9"]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{urls[0]}/health")
+
+
+def test_a_half_sent_request_does_not_hold_up_the_end(tokenizer: Any) -> None:
+    engine = ScriptedEngine()
+    app = create_app(engine, tokenizer, "demo", created=0)
+    server_socket = bind_socket("127.0.0.1", 0)
+    address = server_socket.getsockname()
+    ready = threading.Event()
+    thread = threading.Thread(
+        target=run_server,
+        args=(app, server_socket, engine),
+        kwargs={"grace_seconds": 60, "on_ready": lambda url: ready.set()},
+        daemon=True,
+    )
+    thread.start()
+    assert ready.wait(10)
+    with socket.create_connection(address, timeout=20) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        deadline = time.monotonic() + 10
+        while not app.state.reading:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        engine.failure = "rank 1 ended with code -9"
+        assert half.recv(100).startswith(b"HTTP/1.1 408 ")
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
