@@ -1,6 +1,7 @@
 """Time per decode step of the native path for a published shape with random weights, and what a step's time goes to.
 
     python -m benchmarks.native_decode --shape qwen3-30b-a3b -o benchmarks/results/native_decode.json
+    torchrun --nproc-per-node 2 -m benchmarks.native_decode --shape qwen3-30b-a3b -o native_ranks.json
 
 Every row states the copy bandwidth measured in the same run and the share of it that the step's reads make. With
 ``--profile`` one more step per batch is traced, and the kernels it spent most time in are rows of kind ``profile``.
@@ -21,7 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.expert_parallel_decode import make_plan
 from placement.atomic import write_atomically
+from placement.plan import PlacementPlan
 from runtime.bench import DecodeBenchmark, describe_machine, measure_copy, start_sequences, time_batch
+from runtime.distributed import RankAddress
 from runtime.launcher import LocalRanks
 from runtime.native.loading import choose_native, load_native
 from runtime.replay import RouteSource, route_source
@@ -31,22 +34,29 @@ from runtime.step_plan import StepPlan
 
 SHAPES = Path(__file__).parent / "shapes"
 KERNEL_ROWS = 16
-KEYS = ("device", "shape", "batch", "context")
+KEYS = {"device": None, "shape": None, "ranks": 1, "placement": "contiguous", "batch": None, "context": None}
 
 
 def start(flags: argparse.Namespace, batches: list[int]) -> tuple[Run, RouteSource | None]:
-    """The shape on this machine's GPU, with room for the largest batch alone."""
+    """The shape on this machine's GPUs, with room for the largest batch alone."""
     folder = str(SHAPES / flags.shape)
     room = max(batches) * (flags.context + flags.steps + flags.warmup_steps + 2 * 64)
     settings = EngineSettings(
         weights="random", path="native", device=flags.device, max_sequences=max(batches), cache_tokens=room
     )
-    ranks = LocalRanks(1)
-    group = join_group(ranks.address, settings)
+    address = RankAddress.from_environment()  # torchrun's
+    ranks = None
+    if address is None:
+        ranks = LocalRanks(1)
+        address = ranks.address
+    group = join_group(address, settings)
     shape = choose_native(folder, settings, group)
     assert shape is not None
     layers = [layer for layer, routed in enumerate(shape.moe_layers) if routed]
-    plan = make_plan("contiguous", shape.num_experts, shape.top_k, layers, 1)
+    if Path(flags.plan).is_file():
+        plan = PlacementPlan.load(flags.plan)
+    else:
+        plan = make_plan(flags.plan, shape.num_experts, shape.top_k, layers, group.world_size)
     worker = load_native(plan, folder, shape, settings, group, capture=False)
     source = route_source(flags.routes, shape.num_experts, shape.top_k, len(layers), 0)
     if flags.cached:
@@ -75,6 +85,8 @@ def profile_step(run: Run, benchmark: DecodeBenchmark, batch: int, source: Route
             "kind": "profile",
             "device": device_name(run),
             "shape": Path(run.model_path).name,
+            "ranks": run.group.world_size,
+            "placement": run.plan.strategy,
             "batch": batch,
             "context": f"{benchmark.context}-{benchmark.context + benchmark.steps}",
             "kernel": event.key[:90],
@@ -85,18 +97,32 @@ def profile_step(run: Run, benchmark: DecodeBenchmark, batch: int, source: Route
     ]
 
 
+def show(rows: list[dict[str, Any]], batch: int) -> None:
+    """Print the rows of one batch."""
+    for row in rows:
+        if row["batch"] == batch and row["kind"] == "decode":
+            figures = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
+            print(row["shape"], row["ranks"], row["placement"], "batch", batch, figures, flush=True)
+        elif row["batch"] == batch:
+            print(f"{row['us_per_step']:>10.1f} us {row['calls_per_step']:>5} x {row['kernel']}", flush=True)
+
+
 def device_name(run: Run) -> str:
     """The GPU's name."""
     return torch.cuda.get_device_name() if run.group.device.type == "cuda" else "CPU"
 
 
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells runs apart."""
+    return tuple(row.get(key, default) for key, default in KEYS.items())
+
+
 def merge(output: Path, document: dict[str, Any]) -> None:
-    """Write the document together with the rows that the file has of other devices, shapes, batches and contexts."""
+    """Write the document together with the rows that the file has of other runs."""
     rows = document["rows"]
     if output.exists():
-        mine = {tuple(row[key] for key in KEYS) for row in rows}
-        kept = json.loads(output.read_text())["rows"]
-        document["rows"] = [row for row in kept if tuple(row[key] for key in KEYS) not in mine] + rows
+        mine = {key_of(row) for row in rows}
+        document["rows"] = [row for row in json.loads(output.read_text())["rows"] if key_of(row) not in mine] + rows
     write_atomically(output, json.dumps(document, indent=1) + "\n")
 
 
@@ -111,6 +137,9 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--warmup-steps", type=int, default=8)
     parser.add_argument("--routes", default="uniform")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--plan", default="contiguous", help="contiguous, shuffled, copies (25%% more), or a plan's file"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--cached", action="store_true", help="long contexts: fill the cache with random numbers")
     parser.add_argument("--commit", help="of a copy without git history")
@@ -134,18 +163,14 @@ def main() -> None:
         }
         row |= time_batch(run, benchmark, batch, source, copy_bytes_per_s)
         rows.append(row)
-        figures = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
-        print(flags.shape, "batch", batch, figures, flush=True)
         if flags.profile:
-            kernels = profile_step(run, benchmark, batch, source)
-            for kernel in kernels:
-                print(
-                    f"{kernel['us_per_step']:>10.1f} us {kernel['calls_per_step']:>5} x {kernel['kernel']}", flush=True
-                )
-            rows += kernels
+            rows += profile_step(run, benchmark, batch, source)
+        if run.group.rank == 0:
+            show(rows, batch)
     document = describe_machine(run.group)
     document["commit"] = flags.commit or document["commit"]
-    merge(Path(flags.output), document | {"rows": rows})
+    if run.group.rank == 0:
+        merge(Path(flags.output), document | {"rows": rows})
     run.close()
 
 

@@ -118,7 +118,7 @@ def time_batch(
         "tokens_per_s": batch / median,
     }
     reads = worker.facts.reads
-    if routes is not None and reads is not None:
+    if routes is not None and reads is not None and run.group.world_size == 1:
         row["active_experts_per_layer"] = active_experts(routes)
         row["bytes_read_per_step"] = reads.total(active_experts(routes), batch, benchmark.context + benchmark.steps / 2)
         if copy_bytes_per_s is not None:

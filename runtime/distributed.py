@@ -58,6 +58,7 @@ class RankGroup:
 
     def __init__(self, address: RankAddress, device: torch.device, backend: str, timeout_s: float) -> None:
         self.rank, self.world_size = address.rank, address.world_size
+        self.one_host = address.local_world_size == address.world_size
         self.device, self.backend = device, backend
         self._timeout = timedelta(seconds=timeout_s)
         timeout = timedelta(seconds=START_UP_TIMEOUT_S)
@@ -74,6 +75,11 @@ class RankGroup:
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
         self._through_host = backend == "gloo" and device.type == "cuda"
         self._message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
+
+    @property
+    def process_group(self) -> Any:
+        """Of all ranks, for tensors."""
+        return dist.group.WORLD
 
     def end_start_up(self) -> None:
         """From now on every rank must answer within the timeout."""

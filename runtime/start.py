@@ -214,9 +214,10 @@ def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, gro
 
 def load_worker(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> Worker:
     """Load this rank's shard of the model, on the native path or the universal one, and put it to work in the group."""
-    shape = choose_native(model, settings, group)
+    exchange = settings.exchange or plan.workload.exchange
+    shape = choose_native(model, settings, group, exchange)
     if shape is not None:
         return load_native(plan, model, shape, settings, group)
     load: Any = random_shard if settings.weights == "random" else load_shard
     shard, report = load(model, local_slots(plan, group.rank), settings.torch_dtype(group.device), group.device)
-    return RankWorker(shard, report, plan, group, settings.exchange or plan.workload.exchange)
+    return RankWorker(shard, report, plan, group, exchange)

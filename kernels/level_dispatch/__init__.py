@@ -7,9 +7,45 @@ from __future__ import annotations
 
 import torch
 
-from kernels.level_dispatch.reference import INACTIVE, SPLIT, level_dispatch, pairs_at_home, split_pairs
+from kernels.level_dispatch.reference import (
+    INACTIVE,
+    SPLIT,
+    level_dispatch,
+    level_slots_reference,
+    pairs_at_home,
+    split_pairs,
+)
+from kernels.level_dispatch.runs import slots_of_choices
+from kernels.level_dispatch.table import MOST_GPUS, DispatchTable
 
-__all__ = ["INACTIVE", "SPLIT", "dispatch_tokens", "level_dispatch"]
+__all__ = ["INACTIVE", "MOST_GPUS", "SPLIT", "DispatchTable", "dispatch_tokens", "level_dispatch", "level_slots"]
+
+MOST_PAIRS = 8192  # that one program counts and lays out; with more, all multiprocessors do it
+
+
+def level_slots(ids: torch.Tensor, table: DispatchTable) -> torch.Tensor:
+    """Choose by `level` which of a step's pairs this rank serves; nothing waits for the host on GPUs.
+
+    Args:
+        ids: logical experts of every token, int32 ``[T, K]``, the same on every rank.
+        table: of the layer's plan, as this rank sees it.
+
+    Returns:
+        The slot of every pair, int32 ``[T, K]``; -1 where another rank serves it.
+    """
+    if not table.has_copies:
+        return table.slot_of_expert[ids.long()]
+    if ids.is_cuda and table.num_gpus <= MOST_GPUS:
+        from kernels.level_dispatch.kernel import level_triton
+
+        if 0 < ids.numel() <= MOST_PAIRS:
+            slots = level_triton(ids, table)[1]
+            assert slots is not None
+            return slots
+        counts = torch.zeros_like(table.holders)
+        counts.scatter_add_(0, ids.flatten().long(), torch.ones_like(ids).flatten())
+        return slots_of_choices(ids, level_triton(ids, table, counts)[0], counts, table)
+    return level_slots_reference(ids, table)
 
 
 def dispatch_tokens(

@@ -14,6 +14,8 @@ from collections import deque
 
 import torch
 
+from kernels.level_dispatch.table import DispatchTable
+
 INACTIVE = -1
 SPLIT = -2
 
@@ -128,3 +130,13 @@ def split_pairs(experts: torch.Tensor, gpus: torch.Tensor, chosen: torch.Tensor,
         holders = copies[expert][copies[expert] >= 0]
         flat_gpus[pairs] = holders[torch.arange(len(pairs)) * len(holders) // len(pairs)]
     return flat_gpus.view_as(experts)
+
+
+def level_slots_reference(ids: torch.Tensor, table: DispatchTable) -> torch.Tensor:
+    """What `level_slots` computes, on any device by way of the host; the same arguments and results."""
+    experts, copies = ids.long().cpu(), table.copies.cpu()
+    counts = torch.bincount(experts.flatten(), minlength=len(copies))
+    chosen = level_dispatch(counts, copies, table.num_gpus, table.split_above_tokens)
+    gpus = split_pairs(experts, chosen[experts], chosen, copies)
+    slots = torch.where(gpus == table.rank, table.slot_of_expert.cpu()[experts], -1)
+    return slots.int().to(ids.device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,7 +78,10 @@ def _copy_parts(file: Path, parts: Sequence[Part]) -> None:
     with safe_open(file, framework="pt") as tensors, _stage(device) as staging:
         for part in parts:
             row = part.row  # either way only the mapped file is touched, and only where it is copied from
-            source = tensors.get_tensor(part.name) if row is None else tensors.get_slice(part.name)[row]
+            if part.piece is not None:
+                source = _read_piece(tensors.get_slice(part.name), part)
+            else:
+                source = tensors.get_tensor(part.name) if row is None else tensors.get_slice(part.name)[row]
             if staging is None or (part.arrange is None and source.dtype == part.destination.dtype):
                 _place(part, source, staging)
                 continue
@@ -111,8 +115,20 @@ def _place(part: Part, source: torch.Tensor, staging: Staging | None) -> None:
         staging.copy(source, part.destination)
 
 
+def _read_piece(tensor: Any, part: Part) -> torch.Tensor:
+    """The part's piece of a mapped tensor; all of it where it has another size than expected."""
+    piece = part.piece
+    assert piece is not None
+    if tensor.get_shape()[piece.dimension] != piece.total:
+        whole: torch.Tensor = tensor[:]
+        return whole
+    entries = slice(piece.start, piece.start + part.destination.shape[piece.dimension])
+    read: torch.Tensor = tensor[entries] if piece.dimension == 0 else tensor[:, entries]
+    return read
+
+
 def fill_with_random(parts: Sequence[Part], seed: int = 0) -> None:
-    """Draw every part on its device from a generator seeded by its name: all plans describe one model."""
+    """Draw every part on its device from a generator seeded by its name: all plans and ranks describe one model."""
     if not parts:
         return
     generator = torch.Generator(device=parts[0].destination.device)
@@ -121,4 +137,15 @@ def fill_with_random(parts: Sequence[Part], seed: int = 0) -> None:
             part.destination.fill_(1)
         else:
             generator.manual_seed((zlib.crc32(part.key.encode()) << 16) + seed)
-            part.destination.normal_(0, STANDARD_DEVIATION, generator=generator)
+            _draw(part, generator)
+
+
+def _draw(part: Part, generator: torch.Generator) -> None:
+    destination, piece = part.destination, part.piece
+    if piece is None:
+        destination.normal_(0, STANDARD_DEVIATION, generator=generator)
+        return
+    size = list(destination.shape)
+    size[piece.dimension] = piece.total
+    whole = destination.new_empty(size).normal_(0, STANDARD_DEVIATION, generator=generator)
+    destination.copy_(whole.narrow(piece.dimension, piece.start, destination.shape[piece.dimension]))

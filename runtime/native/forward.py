@@ -8,23 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import linear, silu
 
 from kernels.combine import combine
 from kernels.grouped_gemm import down, gate_up
+from kernels.level_dispatch import level_slots
 from kernels.norm_linear import norm_linear
-from kernels.permute import Permutation
+from kernels.permute import Permutation, permute
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_cache import rope_cache
-from kernels.route import Routes
+from kernels.route import Routes, route
 from kernels.route_permute import route_permute
 from kernels.skinny_linear import skinny_linear
 from runtime.load import SlotCounter
 from runtime.native.cache import PagedCache
 from runtime.native.families import DecoderShape
 from runtime.native.mla import LatentCache, latent_queries
+from runtime.native.ranks import Ranks
 from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
 
 # layer, rotated queries [T, H, d] -> values [T, H, …]
@@ -44,6 +47,7 @@ class Decoder:
         rotary: float32 ``[positions, 2, r/2]`` for r rotated entries of a head.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
+        ranks: that the layers are shared with; None where this one has all.
         load: counts the pairs of every slot, where that is wanted.
         kept_routes: where it is a list, every MoE layer adds the routes of the pass's tokens.
     """
@@ -53,6 +57,7 @@ class Decoder:
     cache: PagedCache | LatentCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
+    ranks: Ranks | None = None
     load: SlotCounter | None = None
     kept_routes: list[Routes] | None = None
 
@@ -125,15 +130,20 @@ def _feed_forward(
     decoder: Decoder, number: int, attended: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What follows a layer's attention: the residual and the next layer's norm, both ``[T, D]``."""
-    layer, eps = decoder.weights.layers[number], decoder.shape.eps
+    layer, eps, ranks = decoder.weights.layers[number], decoder.shape.eps, decoder.ranks
     if layer.experts is None:
         assert layer.mlp is not None
-        residual, normed = add_rms_norm(attended, residual, layer.mlp_norm, eps)
+        add = add_rms_norm if ranks is None else ranks.finish_attention
+        residual, normed = add(attended, residual, layer.mlp_norm, eps)
         return add_rms_norm(gated_mlp(normed, layer.mlp), residual, next_norm, eps)
     experts, dtype = layer.experts, torch.float32 if decoder.shape.routing.float32 else None
-    residual, normed, logits = norm_linear(
-        attended, residual, layer.mlp_norm, eps, experts.router, experts.router_bias, dtype
-    )
+    if ranks is not None and ranks.share.ranks > 1:
+        residual, normed = ranks.finish_attention(attended, residual, layer.mlp_norm, eps)
+        logits = skinny_linear(normed, experts.router, experts.router_bias, dtype)
+    else:
+        residual, normed, logits = norm_linear(
+            attended, residual, layer.mlp_norm, eps, experts.router, experts.router_bias, dtype
+        )
     routes, permutation = choose_experts(decoder.shape, experts, logits)
     if decoder.replace_routes is not None:
         routes, permutation = decoder.replace_routes(number, routes, permutation)
@@ -142,31 +152,36 @@ def _feed_forward(
     if decoder.kept_routes is not None:
         decoder.kept_routes.append(routes)
     pairs = run_experts(decoder.shape, experts, normed, permutation)
-    return combine(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
+    finish = combine if ranks is None else ranks.finish_experts
+    return finish(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
 
 
 def choose_experts(shape: DecoderShape, experts: ExpertWeights, logits: torch.Tensor) -> tuple[Routes, Permutation]:
     """The experts that the router's logits ``[T, E]`` choose, and the pairs of every slot."""
     routing = shape.routing
-    return route_permute(
-        logits,
-        len(experts.gate_up),
-        top_k=shape.top_k,
-        scoring=routing.scoring,
-        renormalise=shape.renormalise,
-        scale=routing.scale,
-        bias=experts.correction,
-        num_groups=routing.num_groups,
-        top_groups=routing.top_groups,
-        group_score=routing.group_score,
-        slot_of_expert=experts.slot_of_expert,
-    )
+    scoring: dict[str, Any] = {
+        "top_k": shape.top_k,
+        "scoring": routing.scoring,
+        "renormalise": shape.renormalise,
+        "scale": routing.scale,
+        "bias": experts.correction,
+        "num_groups": routing.num_groups,
+        "top_groups": routing.top_groups,
+        "group_score": routing.group_score,
+    }
+    if experts.dispatch is None:
+        return route_permute(logits, len(experts.gate_up), slot_of_expert=experts.slot_of_expert, **scoring)
+    ids, _, weights = route(logits, **scoring)
+    slots = level_slots(ids, experts.dispatch)
+    return Routes(ids, slots, weights), permute(slots, len(experts.gate_up))
 
 
 def run_experts(
     shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, permutation: Permutation
 ) -> torch.Tensor:
-    """Outputs of this rank's slots for every pair, not yet weighted, ``[T·K, D]``."""
+    """Outputs of this rank's slots for every pair, not yet weighted, ``[T·K, D]``; undefined for other ranks' pairs."""
+    if not len(experts.gate_up):
+        return normed.new_empty((len(normed) * shape.top_k, shape.width))
     inner = gate_up(normed, experts.gate_up, permutation, shape.top_k, shape.activation, experts.gate_up_bias)
     return down(inner, experts.down, permutation, experts.down_bias)
 

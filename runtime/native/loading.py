@@ -21,6 +21,7 @@ from runtime.native.forward import Decoder
 from runtime.native.mla import LatentCache
 from runtime.native.model import NativeModel
 from runtime.native.prefill_attention import EXPANDED
+from runtime.native.ranks import Ranks
 from runtime.native.rope import rotary_table
 from runtime.native.weights import Slots, allocate
 from runtime.native.worker import NativeWorker
@@ -38,8 +39,16 @@ TRIED = 9  # the generation that the kernels have run on
 CPU_CACHE_BYTES = 4 << 30  # address space; pages take memory once they are written
 
 
-def choose_native(model: str, settings: EngineSettings, group: RankGroup) -> DecoderShape | None:
+def choose_native(
+    model: str, settings: EngineSettings, group: RankGroup, exchange: str = "allreduce"
+) -> DecoderShape | None:
     """The decoder's parameters where the native path serves this run, else None; says in the log which and why.
+
+    Args:
+        model: directory or hub id.
+        settings: of the run.
+        group: all ranks.
+        exchange: mode, which matters to several ranks.
 
     Raises:
         ModelError: ``path=native`` was asked for and cannot be.
@@ -47,7 +56,7 @@ def choose_native(model: str, settings: EngineSettings, group: RankGroup) -> Dec
     if settings.path == "universal":
         return None
     try:
-        shape = _native_shape(model, settings, group)
+        shape = _native_shape(model, settings, group, exchange)
     except NotNativeError as error:
         if settings.path == "native":
             raise ModelError(f"path=native: {error}; give path=auto or path=universal") from error
@@ -69,11 +78,11 @@ def _say(group: RankGroup, choice: str) -> None:
         logger.info(choice)
 
 
-def _native_shape(model: str, settings: EngineSettings, group: RankGroup) -> DecoderShape:
+def _native_shape(model: str, settings: EngineSettings, group: RankGroup, exchange: str) -> DecoderShape:
     config = load_config(model)
     shape = read_shape(config)
-    if group.world_size > 1:
-        raise NotNativeError(f"{group.world_size} ranks; the native path serves one")
+    if group.world_size > 1 and exchange != "allreduce":
+        raise NotNativeError(f"exchange {exchange} of {group.world_size} ranks; the native path has allreduce")
     if settings.dtype == "float16" and group.device.type == "cpu":
         raise NotNativeError("dtype=float16 on a CPU; the native path has float32 and bfloat16 there")
     if group.device.type == "cuda":
@@ -124,22 +133,25 @@ def load_native(
     dtype = settings.torch_dtype(device)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    decoder, fill = make_decoder(model, config, shape, local_slots(plan, group.rank), dtype, device, settings)
+    ranks = Ranks.meet(shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
+    slots = local_slots(plan, group.rank)
+    decoder, fill = make_decoder(model, config, shape, slots, dtype, device, settings, ranks=ranks)
+    if ranks is not None:
+        ranks.place(decoder.weights, plan)
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
+    capture = capture and device.type == "cuda"
     with ThreadPoolExecutor(1) as pool:
-        # The steps are captured while the weights are read: compiling takes processors, reading takes the disk.
-        filling = pool.submit(_timed, fill)
-        captured_s = 0.0
-        if device.type == "cuda" and capture:
-            if settings.weights == "random":  # drawn on the stream that a capture must not meet
-                filling.result()
-            captured_s = _timed(lambda: native.capture(settings.max_sequences))
-        filled_s = filling.result()
+        filling = pool.submit(fill)
+        if capture:  # compiling takes processors, reading takes the disk; captures bear no other work on the GPU
+            native.compile_steps()
+        filling.result()
+    filled_s = time.perf_counter()
+    if capture:
+        native.capture()
     logger.info(
-        "weights in %.1f s, graphs in %.1f s, both in %.1f s; the cache holds %d tokens, at most %d for one sequence",
-        filled_s,
-        captured_s,
-        time.perf_counter() - start_s,
+        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
+        filled_s - start_s,
+        time.perf_counter() - filled_s,
         decoder.cache.num_tokens,
         native.max_context,
     )
@@ -158,13 +170,6 @@ def load_native(
     return NativeWorker(native, facts, group)
 
 
-def _timed(work: Callable[[], None]) -> float:
-    """Do it, and say how many seconds it took."""
-    start_s = time.perf_counter()
-    work()
-    return time.perf_counter() - start_s
-
-
 def make_decoder(
     model: str,
     config: Any,
@@ -174,6 +179,7 @@ def make_decoder(
     device: torch.device,
     settings: EngineSettings,
     page_size: int = PAGE_SIZE,
+    ranks: Ranks | None = None,
 ) -> tuple[Decoder, Callable[[], None]]:
     """Cache, rotary table and weights of this rank, all zero, and what reads or draws the weights.
 
@@ -186,9 +192,16 @@ def make_decoder(
         device: of all tensors.
         settings: say where weights come from and how large the cache is.
         page_size: tokens per page of the cache.
+        ranks: that share the decoder; None where this one has all.
     """
+    if ranks is not None:
+        shape = ranks.share.shape_of(shape)
     weights, parts = allocate(shape, slots, dtype, device)
+    if ranks is not None:
+        parts = [ranks.share.part_of(part) for part in parts]
     tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
+    if ranks is not None:
+        tokens = ranks.least(tokens)
     try:
         kind = PagedCache if shape.latent is None else LatentCache
         cache = kind(shape, -(-tokens // page_size), page_size, dtype, device)
@@ -199,7 +212,7 @@ def make_decoder(
     counter = (
         SlotCounter(sum(shape.moe_layers), max(map(len, slots.values())), device) if any(shape.moe_layers) else None
     )
-    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), load=counter)
+    decoder = Decoder(shape, weights, cache, rotary_table(config, shape, positions, device), ranks=ranks, load=counter)
     if settings.weights == "random":
         return decoder, lambda: fill_with_random(parts)
     return decoder, lambda: fill_from_checkpoint(model, parts)

@@ -10,6 +10,7 @@ import itertools
 import torch
 from torch.nn.functional import pad
 
+from kernels.level_dispatch import level_slots
 from kernels.permute import Permutation, permute
 from kernels.route import Routes
 from runtime.native.forward import Decoder
@@ -61,6 +62,6 @@ def _prepare(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[torch.Ten
     """Ids, slots and permutation of a layer's routes ``[B, K]``, all int32."""
     experts = decoder.weights.layers[layer].experts
     assert experts is not None
-    slots = experts.slot_of_expert[ids.long()]
+    slots = experts.slot_of_expert[ids.long()] if experts.dispatch is None else level_slots(ids, experts.dispatch)
     permutation = permute(slots, len(experts.gate_up))
     return ids, slots, permutation.order.int(), permutation.indptr.int()

@@ -99,9 +99,7 @@ class GraphedStep:
         # because the matrix library keeps a workspace for every stream that it has run on.
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may be copying weights: their calls don't concern this capture.
-        capturing = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
-        with decoder.keep_routes() as self.routes, capturing:
+        with decoder.keep_routes() as self.routes, torch.cuda.graph(self._graph, pool=pool):
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:

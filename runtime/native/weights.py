@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.level_dispatch import DispatchTable
 from runtime.native.families import DecoderShape
 
 Slots = Mapping[int, Sequence[int]]  # decoder layer -> logical ids of this rank's slots
@@ -68,6 +69,7 @@ class ExpertWeights:
         down: ``[P, D, F]``.
         down_bias: ``[P, D]``, or None.
         slot_of_expert: int32 ``[E]``, -1 where this rank has no slot for it.
+        dispatch: chooses among the copies of experts; None where there is nothing to choose.
     """
 
     router: torch.Tensor
@@ -78,6 +80,7 @@ class ExpertWeights:
     down: torch.Tensor
     down_bias: torch.Tensor | None
     slot_of_expert: torch.Tensor
+    dispatch: DispatchTable | None = None
 
 
 @dataclass
@@ -106,6 +109,21 @@ class DecoderWeights:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Entries of one dimension of a checkpoint's tensor, as many as the destination has.
+
+    Attributes:
+        dimension: 0 or 1.
+        start: the first one.
+        total: how many the whole tensor has.
+    """
+
+    dimension: int
+    start: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Part:
     """A part of the weights and where it comes from.
 
@@ -114,12 +132,14 @@ class Part:
         destination: a view into the weights, filled in place.
         row: which expert's row of a tensor stacked over experts, None for the whole tensor.
         arrange: turns what was read into the destination's shape, None where it has it.
+        piece: of the tensor, None for all of it.
     """
 
     name: str
     destination: torch.Tensor
     row: int | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    piece: Piece | None = None
 
     @property
     def key(self) -> str:
@@ -157,7 +177,7 @@ class _Room:
         self.parts: list[Part] = []
 
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Not just any numbers: steps are captured, and so run once, while the checkpoint is still being read."""
+        """Not just any numbers: steps are compiled, and so run once, while the checkpoint is still being read."""
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
 
     def take(self, name: str, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:

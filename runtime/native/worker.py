@@ -12,20 +12,21 @@ from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
 from runtime.worker_interface import ModelFacts, Tokens, Worker
 
+TAKE_LOAD = "take_load"  # key of the message upon which every rank hands over what it has counted
+
 
 class NativeWorker(Worker):
-    """Executes step plans on one rank that has all experts.
+    """Executes step plans; several ranks execute the same ones and find the same tokens.
 
     Args:
         model: with this rank's weights.
         facts: about the model.
-        group: of one rank.
+        group: all ranks.
     """
 
     everyone_holds_all = True
 
     def __init__(self, model: NativeModel, facts: ModelFacts, group: RankGroup) -> None:
-        assert group.world_size == 1
         self.model, self.facts, self.group = model, facts, group
         self._logprobs: dict[int, TokenLogprobs] = {}
         self.overlaps = group.device.type == "cuda"
@@ -55,8 +56,37 @@ class NativeWorker(Worker):
         return self._logprobs
 
     def take_load(self) -> Load | None:
-        """What the device has counted; see `Worker.take_load`."""
-        return self.model.take_load()
+        """What the devices of all ranks have counted; see `Worker.take_load`. For rank 0, whom the others follow."""
+        if self.group.world_size > 1:
+            self.group.broadcast_json({TAKE_LOAD: True})
+        return self._gather_load()
+
+    def _gather_load(self) -> Load | None:
+        load = self.model.take_load()
+        if load is None or self.group.world_size == 1:
+            return load
+        widths = self.group.gather_tokens(torch.tensor([load.pairs.shape[2]])).flatten().tolist()
+        missing = max(widths) - load.pairs.shape[2]  # a rank may have fewer slots than another
+        mine = torch.stack([load.pairs, load.active])  # [2, L, 1, P]
+        mine = torch.nn.functional.pad(mine, (0, missing))
+        pairs, active = self.group.gather_tokens(mine.flatten()).view(-1, *mine.shape)[:, :, :, 0].permute(1, 2, 0, 3)
+        return Load(pairs, active, load.steps)
+
+    def serve(self) -> None:
+        """Follow rank 0; see `Worker.serve`. The next step is begun before the last one's tokens are waited for."""
+        before: Tokens | None = None
+        while True:
+            message = self.group.broadcast_json()
+            if TAKE_LOAD in message:
+                self._gather_load()
+                continue
+            step = StepPlan.from_json(message)
+            if step.stop:
+                return
+            tokens = self.launch(step)
+            if before is not None:
+                before()
+            before = tokens
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take routes as given; see `Worker.replay`."""

@@ -46,6 +46,10 @@ class Job:
     record: str | None = None
     sampling: list[SamplingParameters] | None = None
 
+    def run(self, group: Any) -> Result:
+        """Execute this in one of the ranks, on the universal path."""
+        return _run_job(self, group)
+
 
 @dataclass(frozen=True)
 class EngineJob:
@@ -64,6 +68,10 @@ class EngineJob:
     exchange: str
     schedule: tuple[Arrival, ...]
     settings: dict[str, Any]
+
+    def run(self, group: Any) -> Result:
+        """Execute this in one of the ranks."""
+        return _run_engine(self, group)
 
 
 @dataclass
@@ -109,8 +117,8 @@ class RankPool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, job: Job | EngineJob) -> list[Result]:
-        """Execute a job; every rank's result, or the first rank's traceback as an error."""
+    def run(self, job: Any) -> list[Any]:
+        """Execute a `Job` or another of its kind; every rank's result, or the first rank's traceback as an error."""
         for pipe in self._pipes:
             pipe.send(job)
         results = []
@@ -154,7 +162,7 @@ def _rank_main(rank: int, world_size: int, port: int, device: str, pipe: Any) ->
     while True:
         job = pipe.recv()
         try:
-            pipe.send(_run_job(job, group) if isinstance(job, Job) else _run_engine(job, group))
+            pipe.send(job.run(group))
         except Exception:  # noqa: BLE001 - the parent raises it
             pipe.send(traceback.format_exc())
 
