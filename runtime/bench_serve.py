@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,7 @@ def bench_serve(flags: argparse.Namespace) -> int:
 
     used, answers = asyncio.run(run())
     errors = count_errors(answers)
-    for error, times in errors[:SHOWN_ERRORS]:
-        print(f"{times} x {error}", file=sys.stderr)
-    if len(errors) > SHOWN_ERRORS:
-        print(f"and {len(errors) - SHOWN_ERRORS} other errors", file=sys.stderr)
+    _show_errors(errors)
     if all(answer.error is not None for answer in answers):
         print(f"error: none of {len(answers)} requests was answered", file=sys.stderr)
         return 1
@@ -71,13 +69,25 @@ def bench_serve(flags: argparse.Namespace) -> int:
         lag = f"{row['p99_client_lag_ms']:.0f} ms late (p99)"
         print(f"warning: the client itself was {lag}; its latencies are too long: lower the load", file=sys.stderr)
     if flags.output is not None:
-        document = provenance.describe_run(("httpx",)) | {"rows": [row]}
-        if flags.api_key:
-            for secret in (shlex.quote(flags.api_key), flags.api_key):
-                document["command"] = document["command"].replace(secret, "***")
-        document["device"] = flags.device or f"unknown server; client on {document['device']}"
-        write_atomically(Path(flags.output), json.dumps(document, indent=1) + "\n")
+        _save(row, flags)
     return 0
+
+
+def _show_errors(errors: Sequence[tuple[str, int]]) -> None:
+    for error, times in errors[:SHOWN_ERRORS]:
+        print(f"{times} x {error}", file=sys.stderr)
+    if len(errors) > SHOWN_ERRORS:
+        print(f"and {len(errors) - SHOWN_ERRORS} other errors", file=sys.stderr)
+
+
+def _save(row: dict[str, Any], flags: argparse.Namespace) -> None:
+    """Write the row, without the key that the command may hold."""
+    document = provenance.describe_run(("httpx",)) | {"rows": [row]}
+    if flags.api_key:
+        for secret in (shlex.quote(flags.api_key), flags.api_key):
+            document["command"] = document["command"].replace(secret, "***")
+    document["device"] = flags.device or f"unknown server; client on {document['device']}"
+    write_atomically(Path(flags.output), json.dumps(document, indent=1) + "\n")
 
 
 def _prompts(flags: argparse.Namespace) -> list[str | list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +71,8 @@ class Play:
         self._submit(max(1, sum(arrival.step == 0 for arrival in schedule)))
         self.engine.start()
         done = self._done.wait(WAIT_S)
+        while done and self.engine._scheduler.must_tell:  # else the worker would still hold what has ended
+            time.sleep(0.001)
         self.status = self.engine.status()
         self.engine.shutdown()
         worker.launch = launch
