@@ -44,7 +44,8 @@ def measure(experts: Experts, tokens: int, op: str, rate: float) -> list[dict[st
     columns = shape.inner if op == "gate_up" else shape.width
     tiles = choose_tiles(tokens * shape.top_k, shape.experts, columns, op == "gate_up", 2)
     rows = []
-    for way in (tiles, *LINES):
+    ways: tuple[Tiles | Lines, ...] = (tiles, *LINES)
+    for way in ways:
         took = time_us([functools.partial(call, experts, s, i % LAYERS, op, way) for i, s in enumerate(steps)])
         row = {"shape": shape.name, "batch": tokens, "op": op, "way": "tiles" if isinstance(way, Tiles) else "lines"}
         row |= {"sizes": list(way), "active_experts": active, "time_us": took}

@@ -17,7 +17,7 @@ import torch
 from benchmarks.graph_timing import matmul_flops_per_us, read_bytes_per_us, time_us
 from benchmarks.kernels_moe import LAYERS, SHAPES, STEPS, Experts, Shape, Step, floor_us
 from kernels.grouped_gemm.kernel import down_triton, gate_up_triton
-from kernels.grouped_gemm.tiles import Tiles
+from kernels.grouped_gemm.tiles import Lines, Tiles
 from placement import provenance
 
 SHARED_BYTES = 227 * 1024
@@ -48,8 +48,8 @@ def candidates(rows: int, gated: bool, tokens: int) -> list[Tiles]:
     return found
 
 
-def call(experts: Experts, step: Step, layer: int, op: str, tiles: Tiles) -> torch.Tensor:
-    """One product with these tiles."""
+def call(experts: Experts, step: Step, layer: int, op: str, tiles: Tiles | Lines) -> torch.Tensor:
+    """One product with these tiles or lines."""
     if op == "gate_up":
         arguments = (step.permutation, experts.shape.top_k, experts.shape.activation, experts.first_bias, tiles)
         return gate_up_triton(step.x, experts.first[layer], *arguments)

@@ -87,15 +87,13 @@ class RouteRecording:
         self._passes: deque[_Pass] = deque()
         self._lock = threading.Lock()  # a lost rank ends requests from another thread than the engine's
 
-    def keep(
-        self, fed: Sequence[Fed], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None = None
-    ) -> None:
+    def keep(self, fed: Sequence[Fed], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
         """Keep what a pass chooses; on a GPU the pass, and later ones, go on meanwhile.
 
         Args:
             fed: the pass's tokens; routes come in the same order.
             experts: of every MoE layer, integer ``[S, K]``; rows after those of ``fed`` are padding.
-            weights: of every MoE layer, ``[S, K]``, to sort by; None where experts come by falling weight.
+            weights: of every MoE layer, ``[S, K]``, to sort by: with a bias, routers choose in another order.
         """
         rows: list[int] = []
         chosen: list[tuple[Fed, int]] = []
@@ -163,14 +161,10 @@ class RouteRecording:
         return self._open[sequence]
 
 
-def _select(
-    rows: Sequence[int], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor] | None
-) -> torch.Tensor:
+def _select(rows: Sequence[int], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Experts of some of a pass's tokens by falling weight, int32 ``[L, R, K]``, without waiting for the device."""
     index_R = torch.tensor(rows, pin_memory=experts[0].is_cuda).to(experts[0].device, non_blocking=True)
     experts_LRK = torch.stack(list(experts))[:, index_R].to(torch.int32)
-    if weights is None:
-        return experts_LRK
     weights_LRK = torch.stack(list(weights))[:, index_R].float()
     return experts_LRK.gather(2, weights_LRK.argsort(dim=2, descending=True, stable=True))
 

@@ -165,7 +165,7 @@ def gate_up_triton(
     tiles: Tiles | Lines | None = None,
 ) -> torch.Tensor:
     """What `gate_up` computes; the same arguments and results, and tiles or lines to try."""
-    tiles = tiles or choose_lines(len(permutation.order), *weight.shape, gated=True)
+    tiles = tiles or choose_lines(len(permutation.order), len(weight), weight.shape[2], gated=True)
     if isinstance(tiles, Lines):
         return pair_product(x, weight, bias, permutation, top_k, activation, tiles)
     tiles = tiles or choose_tiles(len(permutation.order), len(weight), weight.shape[1] // 2, True, x.element_size())
@@ -180,7 +180,7 @@ def down_triton(
     tiles: Tiles | Lines | None = None,
 ) -> torch.Tensor:
     """What `down` computes; the same arguments and results, and tiles or lines to try."""
-    tiles = tiles or choose_lines(len(hidden), *weight.shape, gated=False)
+    tiles = tiles or choose_lines(len(hidden), len(weight), weight.shape[2], gated=False)
     if isinstance(tiles, Lines):
         return pair_product(hidden, weight, bias, permutation, 1, "none", tiles)
     tiles = tiles or choose_tiles(len(hidden), len(weight), weight.shape[1], False, hidden.element_size())

@@ -50,7 +50,7 @@ def row_tiles(num_pairs: int, num_slots: int, rows: int) -> int:
     return active + (num_pairs - active) // rows
 
 
-def choose_lines(num_pairs: int, num_slots: int, rows: int, depth: int, gated: bool) -> Lines | None:
+def choose_lines(num_pairs: int, num_slots: int, depth: int, gated: bool) -> Lines | None:
     """Lines of one product, None where tiles are faster, as measured on an H100 (`benchmarks/kernels_moe_pairs.py`).
 
     Two pairs of one slot read its weights twice, the second time out of L2; up to half as many pairs as slots that is
@@ -59,9 +59,8 @@ def choose_lines(num_pairs: int, num_slots: int, rows: int, depth: int, gated: b
     Args:
         num_pairs: T·K.
         num_slots: P.
-        rows: of one slot's weights.
         depth: of the reduction.
-        gated: whether half of the rows are the up projection's.
+        gated: whether each column has a second row of weights.
     """
     if num_pairs > num_slots // 2 or depth > DEEPEST:
         return None

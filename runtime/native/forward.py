@@ -49,7 +49,7 @@ class Decoder:
             their permutation.
         ranks: that the layers are shared with; None where this one has all.
         load: counts the pairs of every slot, where that is wanted.
-        kept_routes: where it is a list, every MoE layer adds the experts of the pass's tokens, int32 ``[T, K]``.
+        kept_routes: where it is a list, every MoE layer adds the routes of the pass's tokens.
     """
 
     shape: DecoderShape
@@ -59,12 +59,12 @@ class Decoder:
     replace_routes: ReplaceRoutes | None = None
     ranks: Ranks | None = None
     load: SlotCounter | None = None
-    kept_routes: list[torch.Tensor] | None = None
+    kept_routes: list[Routes] | None = None
 
     @contextmanager
-    def keep_routes(self) -> Iterator[list[torch.Tensor]]:
-        """While entered, the list that every MoE layer adds its experts to."""
-        kept: list[torch.Tensor] = []
+    def keep_routes(self) -> Iterator[list[Routes]]:
+        """While entered, the list that every MoE layer adds its routes to."""
+        kept: list[Routes] = []
         self.kept_routes = kept
         try:
             yield kept
@@ -150,7 +150,7 @@ def _feed_forward(
     if decoder.load is not None:
         decoder.load.note(routes.slots)
     if decoder.kept_routes is not None:
-        decoder.kept_routes.append(routes.ids)
+        decoder.kept_routes.append(routes)
     pairs = run_experts(decoder.shape, experts, normed, permutation)
     finish = combine if ranks is None else ranks.finish_experts
     return finish(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)

@@ -139,20 +139,19 @@ def load_native(
     if ranks is not None:
         ranks.place(decoder.weights, plan)
     native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
+    capture = capture and device.type == "cuda"
     with ThreadPoolExecutor(1) as pool:
-        # The steps are captured while the weights are read: compiling takes processors, reading takes the disk.
-        filling = pool.submit(_timed, fill)
-        captured_s = 0.0
-        if device.type == "cuda" and capture:
-            if settings.weights == "random":  # drawn on the stream that a capture must not meet
-                filling.result()
-            captured_s = _timed(lambda: native.capture(settings.max_sequences))
-        filled_s = filling.result()
+        filling = pool.submit(fill)
+        if capture:  # compiling takes processors, reading takes the disk; captures bear no other work on the GPU
+            native.compile_steps()
+        filling.result()
+    filled_s = time.perf_counter()
+    if capture:
+        native.capture()
     logger.info(
-        "weights in %.1f s, graphs in %.1f s, both in %.1f s; the cache holds %d tokens, at most %d for one sequence",
-        filled_s,
-        captured_s,
-        time.perf_counter() - start_s,
+        "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
+        filled_s - start_s,
+        time.perf_counter() - filled_s,
         decoder.cache.num_tokens,
         native.max_context,
     )
@@ -169,13 +168,6 @@ def load_native(
         expert_bytes=reads.expert_bytes or None,
     )
     return NativeWorker(native, facts, group)
-
-
-def _timed(work: Callable[[], None]) -> float:
-    """Do it, and say how many seconds it took."""
-    start_s = time.perf_counter()
-    work()
-    return time.perf_counter() - start_s
 
 
 def make_decoder(

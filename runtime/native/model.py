@@ -149,7 +149,8 @@ class NativeModel:
         logits, sampled = step()[: len(running)], rows.sampled[: len(running)]
         self.logits.append(logits)
         if self.recording is not None:
-            self.recording.keep([Fed(number, each.position, 1) for number, each in decoding.items()], step.routes)
+            fed = [Fed(number, sequence.position, 1) for number, sequence in decoding.items()]
+            self.recording.keep(fed, [each.ids for each in step.routes], [each.weights for each in step.routes])
         if self._sampler.choose_again(numbers, logits, sampled):
             rows.feed_sampled(len(running))
         new.add(decoding, sampled, *self._sampler.take_in(numbers, logits, sampled))
@@ -176,10 +177,20 @@ class NativeModel:
             self._graphs.clear()
             self._pool = torch.cuda.graph_pool_handle()  # the old one goes with the last graph of it
 
-    def capture(self, max_rows: int) -> None:
-        """Capture the steps of up to so many sequences with short contexts before they are needed."""
-        for num_rows in sorted({bucket_of(rows + 1, self.max_sequences) for rows in range(max_rows)}, reverse=True):
+    def capture(self) -> None:
+        """Capture the steps of all sizes with short contexts before they are needed."""
+        for num_rows in self._sizes():
             self._step(num_rows, self._num_pages(1), False)
+
+    def compile_steps(self) -> None:
+        """Compile the kernels of these steps, whatever numbers the weights have by now."""
+        for num_rows in self._sizes():
+            rows = Rows.empty(num_rows, self._num_pages(1), self.decoder.rotary.device)
+            EagerStep(self.decoder, rows, False)()
+
+    def _sizes(self) -> list[int]:
+        """Rows of the captured steps, the most first: the smaller ones then fit into their memory."""
+        return sorted({bucket_of(rows + 1, self.max_sequences) for rows in range(self.max_sequences)}, reverse=True)
 
     def _num_pages(self, tokens: int) -> int:
         """Columns of the page table for contexts of so many tokens."""

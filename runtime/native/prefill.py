@@ -12,7 +12,7 @@ import torch
 
 from runtime.native.forward import Decoder, run_layers
 from runtime.native.mla import LatentCache, attend_prompts
-from runtime.native.prefill_attention import prefill_attention
+from runtime.native.prefill_attention import EXPANDED, prefill_attention
 from runtime.recording import Fed, RouteRecording
 from runtime.step_plan import Admission, Piece
 
@@ -65,7 +65,8 @@ def prefill(
         else:
             with decoder.keep_routes() as routes:
                 hidden = _run_pass(decoder, prompts, groups)
-            recording.keep([Fed(p.sequence, p.start, p.stop - p.start) for p in ordered], routes)
+            fed = [Fed(piece.sequence, piece.start, piece.stop - piece.start) for piece in ordered]
+            recording.keep(fed, [each.ids for each in routes], [each.weights for each in routes])
         ends = torch.tensor([piece.stop - piece.start for piece in ordered]).cumsum(0) - 1
         done = [i for i, piece in enumerate(ordered) if piece.stop == len(prompts[piece.sequence].tokens)]
         if done:
@@ -115,6 +116,10 @@ def _run_pass(decoder: Decoder, prompts: Mapping[int, Admission], groups: list[l
 def _attend(decoder: Decoder, number: int, q: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """A layer's attention from queries ``[N, L, H, d]`` to what is cached at ``index [N, S]``, ``[N, L, H, …]``."""
     shape, layer, cache = decoder.shape, decoder.weights.layers[number], decoder.cache
+    at_once = max(1, EXPANDED // (index.shape[1] * shape.kv_values_per_layer))  # sequences
+    if len(index) > at_once:
+        parts = zip(q.split(at_once), index.split(at_once), strict=True)
+        return torch.cat([_attend(decoder, number, *part) for part in parts])
     if isinstance(cache, LatentCache):
         return attend_prompts(shape, layer, q, cache.latents[number].flatten(0, 1)[index])
     keys, values = cache.keys[number].flatten(0, 1)[index], cache.values[number].flatten(0, 1)[index]

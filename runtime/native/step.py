@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from kernels.decode_attention import decode_attention
+from kernels.route import Routes
 from kernels.sample import sample
 from runtime.native.forward import Decoder, run_layers
 from runtime.native.mla import LatentCache, attend_rows
@@ -65,12 +66,12 @@ class EagerStep:
         nucleus: as in `decode_step`.
 
     Attributes:
-        routes: experts of every MoE layer in the latest step, int32 ``[B, K]``.
+        routes: of every MoE layer in the latest step.
     """
 
     def __init__(self, decoder: Decoder, rows: Rows, nucleus: bool) -> None:
         self._decoder, self._rows, self._nucleus = decoder, rows, nucleus
-        self.routes: list[torch.Tensor] = []
+        self.routes: list[Routes] = []
 
     def __call__(self) -> torch.Tensor:
         """Take the step; logits ``[B, V]``."""
@@ -98,9 +99,7 @@ class GraphedStep:
         # because the matrix library keeps a workspace for every stream that it has run on.
         decode_step(decoder, rows, nucleus)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads may be copying weights: their calls don't concern this capture.
-        capturing = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
-        with decoder.keep_routes() as self.routes, capturing:
+        with decoder.keep_routes() as self.routes, torch.cuda.graph(self._graph, pool=pool):
             self.logits = decode_step(decoder, rows, nucleus)
 
     def __call__(self) -> torch.Tensor:

@@ -177,7 +177,7 @@ class _Room:
         self.parts: list[Part] = []
 
     def zeros(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Not just any numbers: steps are captured, and so run once, while the checkpoint is still being read."""
+        """Not just any numbers: steps are compiled, and so run once, while the checkpoint is still being read."""
         return torch.zeros(size, dtype=dtype or self.dtype, device=self.device)
 
     def take(self, name: str, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:

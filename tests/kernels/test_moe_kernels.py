@@ -59,7 +59,8 @@ def test_products_of_few_pairs_in_interpreter() -> None:
         import torch
         from kernels.grouped_gemm.tiles import Lines, choose_lines
         from tests.support.moe_cases import check_products
-        assert choose_lines(8, 128, 1536, 2048, True) and not choose_lines(65, 128, 1536, 2048, True)
+        assert choose_lines(64, 128, 2048, True) and not choose_lines(65, 128, 2048, True)
+        assert choose_lines(2, 8, 4096, True) and not choose_lines(2, 8, 14336, False)
         lines = Lines(columns=4, depth=16, warps=4)
         check_products("cpu", torch.float32, "hot", (5, 2, 4, 72, 42), tiles=lines)
         check_products("cpu", torch.float32, "foreign", (4, 3, 5, 40, 24), "gpt_oss", lines)
@@ -120,8 +121,8 @@ def test_products_of_few_pairs_compile_for_hopper() -> None:
         from kernels.grouped_gemm.pairs import pair_kernel
         from kernels.grouped_gemm.tiles import choose_lines
         from tests.support.triton_compile import compile_for_sm90
-        for rows, depth, activation, dtype in ((5760, 2880, "gpt_oss", "*bf16"), (2048, 768, "none", "*fp16")):
-            lines = choose_lines(4, 32, rows, depth, activation != "none")
+        for depth, activation, dtype in ((2880, "gpt_oss", "*bf16"), (768, "none", "*fp16")):
+            lines = choose_lines(4, 32, depth, activation != "none")
             constants = {"D": depth, "TOP_K": 4, "ACTIVATION": activation, "BLOCK_P": 32, "OVERLAP": True}
             constants |= {"COLUMNS": lines.columns, "DEPTH": lines.depth}
             types = dict.fromkeys(("x", "weight", "bias", "out"), dtype) | {"order": "*i32", "indptr": "*i32"}

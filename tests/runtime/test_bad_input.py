@@ -85,6 +85,8 @@ def changed_plan(folder: Path, tmp_path: Path) -> Callable[[Callable[[Any], None
         ("max_sequences=1.5", ["max_sequences=1.5", "integer"]),
         ("max_sequences=many", ["max_sequences=many", "integer"]),
         ("max_prefill_tokens=true", ["max_prefill_tokens=True", "integer"]),
+        ("max_waiting=0", ["max_waiting=0", "at least 1"]),
+        ("prefix_cache=some", ["prefix_cache=some", "true or false"]),
         ("rank_timeout_s=inf", ["rank_timeout_s=inf", "seconds"]),
         ("rank_timeout_s=nan", ["rank_timeout_s=nan", "seconds"]),
         ("rank_timeout_s=soon", ["rank_timeout_s=soon", "seconds"]),

@@ -83,6 +83,11 @@ def layers_of(tokens: int, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(EXPERTS, (tokens, TOP_K), generator=generator, dtype=torch.int32) for _ in range(LAYERS)]
 
 
+def keep(kept: RouteRecording, fed: list[Fed], experts: list[torch.Tensor]) -> None:
+    """Experts that come by falling weight."""
+    kept.keep(fed, experts, [torch.arange(TOP_K, 0, -1.0).expand(layer.shape) for layer in experts])
+
+
 @given(rate=st.floats(0.01, 1), seed=st.integers(0, 2**40))
 def test_the_chosen_share_of_requests(rate: float, seed: int) -> None:
     chosen = [is_chosen(number, rate, seed) for number in range(2000)]
@@ -98,8 +103,8 @@ def test_seeds_choose_differently() -> None:
 def test_a_request_is_kept_whole_or_not_at_all() -> None:
     kept, files = recording(rate=0.5)
     prompt, step = layers_of(80), layers_of(48, seed=1)
-    kept.keep([Fed(number, 0, 2) for number in range(40)], prompt)
-    kept.keep([Fed(number, None, 1) for number in range(40)], step)  # and 8 rows of padding
+    keep(kept, [Fed(number, 0, 2) for number in range(40)], prompt)
+    keep(kept, [Fed(number, None, 1) for number in range(40)], step)  # and 8 rows of padding
     for number in range(40):
         kept.end(number, [number, 50 + number, 7, 8], 2)
     chosen = [number for number in range(40) if is_chosen(number, 0.5, 0)]
@@ -131,10 +136,10 @@ def test_experts_are_sorted_by_falling_weight_and_equal_ones_stay() -> None:
 def test_tokens_that_are_fed_again_or_were_cached() -> None:
     kept, files = recording()
     again = layers_of(6, seed=2)
-    kept.keep([Fed(0, 4, 3)], layers_of(3))  # the first four came from a cache
-    kept.keep([Fed(0, None, 1)], layers_of(1, seed=1))
-    kept.keep([Fed(0, 4, 6)], again)  # preempted, and fed again
-    kept.keep([Fed(0, 4, 2)], layers_of(2))
+    keep(kept, [Fed(0, 4, 3)], layers_of(3))  # the first four came from a cache
+    keep(kept, [Fed(0, None, 1)], layers_of(1, seed=1))
+    keep(kept, [Fed(0, 4, 6)], again)  # preempted, and fed again
+    keep(kept, [Fed(0, 4, 2)], layers_of(2))
     kept.end(0, [0, 0, 0, 0, 1, 2, 3, 9, 8, 7, 6], 4)
     [found] = files.ended
     assert found.token_ids is not None
@@ -144,11 +149,11 @@ def test_tokens_that_are_fed_again_or_were_cached() -> None:
 
 def test_requests_that_end_early() -> None:
     kept, files = recording()
-    kept.keep([Fed(0, 0, 2), Fed(1, 0, 1)], layers_of(3))
+    keep(kept, [Fed(0, 0, 2), Fed(1, 0, 1)], layers_of(3))
     kept.end(0, [1, 2, 3], 0)  # cancelled within its prompt
     kept.end(5, [4], 0)  # never fed
-    kept.keep([Fed(1, None, 1)], layers_of(1))
-    kept.keep([Fed(1, None, 1)], layers_of(1))
+    keep(kept, [Fed(1, None, 1)], layers_of(1))
+    keep(kept, [Fed(1, None, 1)], layers_of(1))
     kept.end(1, [6, 7, 8], 2)  # its last step was for nothing: the token before had ended it
     assert [found.position.tolist() for found in files.ended] == [[0, 1], [0, 1]]
 
@@ -157,15 +162,15 @@ def test_routes_that_are_under_way_when_their_request_ends() -> None:
     """On a GPU a step is launched before the tokens of the one before are known."""
     kept, files = recording()
     before, ahead = layers_of(2), layers_of(2, seed=1)
-    kept.keep([Fed(0, 0, 1), Fed(1, 0, 1)], before)
-    kept.keep([Fed(0, None, 1), Fed(1, None, 1)], ahead)
+    keep(kept, [Fed(0, 0, 1), Fed(1, 0, 1)], before)
+    keep(kept, [Fed(0, None, 1), Fed(1, None, 1)], ahead)
     arrived = kept._passes
     assert not arrived, "on a CPU routes are there at once"
     late = SimpleNamespace(query=lambda: late.done, done=False)
     last = layers_of(2, seed=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("runtime.recording._copy_to_host", lambda tensor: (tensor, late))
-        kept.keep([Fed(0, None, 1), Fed(1, None, 1)], last)
+        keep(kept, [Fed(0, None, 1), Fed(1, None, 1)], last)
     kept.end(0, [5, 6, 7], 2)
     assert len(kept._passes) == 1
     late.done = True

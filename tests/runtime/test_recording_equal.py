@@ -63,7 +63,8 @@ def serve_native(saved_model: Callable[[str], str], tmp_path: Path) -> Serve:
         facts = ModelFacts(
             "native", 128, torch.float32, model.max_context, (), cache=model.cache_size, expert_bytes=expert_bytes
         )
-        group = cast(Any, SimpleNamespace(world_size=1, device=torch.device("cpu")))
+        group = cast(Any, SimpleNamespace(world_size=1, device=torch.device(settings.get("device", "cpu"))))
+        before = set(tmp_path.iterdir())
         worker = NativeWorker(model, facts, group)
         record = RecordSettings(record=str(tmp_path / "routes"), record_rate=1.0, record_token_ids=True)
         worker.record(
@@ -80,12 +81,12 @@ def serve_native(saved_model: Callable[[str], str], tmp_path: Path) -> Serve:
         engine.shutdown()
         assert worker.recording is not None
         worker.recording.close()
-        return sorted(tmp_path.glob("routes-*.safetensors")), engine.status().preemptions
+        return sorted(set(tmp_path.glob("routes-*.safetensors")) - before), engine.status().preemptions
 
     return run
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_native_path(family: str, serve_native: Serve, saved_model: Callable[[str], str]) -> None:
     paths, _ = serve_native(family, PROMPTS, NEW_TOKENS, max_prefill_tokens=9)  # long prompts are fed in pieces
     assert not check_recorded(paths, saved_model(family), PROMPTS, NEW_TOKENS)
@@ -104,3 +105,18 @@ def test_tokens_from_the_prefix_cache_have_no_routes(serve_native: Serve) -> Non
     assert second.position.tolist() == list(range(32, 47))
     np.testing.assert_array_equal(second.token_ids, first.token_ids[32:])
     np.testing.assert_array_equal(second.experts, first.experts[32:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_steps_under_graphs(serve_native: Serve) -> None:
+    """Steps are launched before the tokens of the ones before are known, and every graph has routes of its own."""
+    found = []
+    for graphs in (False, True):
+        paths, _ = serve_native("qwen3_moe", PROMPTS, 24, device="cuda", graphs=graphs)
+        found.append({tuple(each.token_ids): each.experts for each in read_recorded(paths)})
+    eager, graphed = found
+    assert eager.keys() == graphed.keys()
+    assert len(eager) == len(PROMPTS)
+    for tokens, experts in eager.items():
+        np.testing.assert_array_equal(graphed[tokens], experts)

@@ -137,10 +137,15 @@ def check_mla(
         assert_near(*caches)
 
 
-def check_sample(device: str, dtype: torch.dtype, batch: int, vocabulary: int, top_p: bool = True) -> None:
-    """The tokens of mixed settings; logits are coarse, so that many are equal."""
+def check_sample(
+    device: str, dtype: torch.dtype, batch: int, vocabulary: int, top_p: bool = True, allowed: int | None = None
+) -> None:
+    """The tokens of mixed settings; logits are coarse, so that many are equal, and all but so many are ruled out."""
     torch.manual_seed(batch)
     logits = (torch.randn(batch, vocabulary, device=device) * 6).round().div(2).to(dtype)
+    if allowed is not None:
+        ruled_out = torch.rand(batch, vocabulary, device=device).argsort(dim=1)[:, allowed:]
+        logits.scatter_(1, ruled_out, -torch.inf)
     temperature = torch.tensor([0.0, 0.3, 1.0, 2.5, 1e-30], device=device).repeat(batch)[:batch]
     seeds = torch.randint(-(2**62), 2**62, (batch,), device=device)
     positions = torch.arange(batch, dtype=torch.int32, device=device) * 77

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,13 @@ from kernels.permute import Permutation, permute
 from kernels.route import Routes
 from runtime.native import model as native
 from runtime.native.model import NativeModel
+from runtime.native.worker import NativeWorker
+from runtime.settings import EngineSettings
+from runtime.worker_interface import ModelFacts
 from tests.support.native import Recording, admission, decode, drive, native_model, prefill, retire
 from tests.support.plans import make_plan
 from tests.support.reference import greedy
+from tests.support.schedules import Arrival, Play
 from tests.support.tiny_models import tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -120,6 +125,20 @@ def test_graphs_give_the_bits_of_eager_steps(family: str, saved_model: Callable[
     assert eager.tokens == graphed.tokens
     for number in range(len(PROMPTS)):
         assert np.array_equal(np.stack(eager.logits[number]), np.stack(graphed.logits[number]))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.usefixtures("narrow_tables")
+def test_an_engine_ahead_of_its_tokens(family: str, saved_model: Callable[[str], str]) -> None:
+    """Steps are launched before the last one's tokens are known; pages come as they are needed, and go."""
+    model = native_model(saved_model(family), device="cuda", graphs=True, cache_tokens=80, max_prefill_tokens=24)
+    group: Any = SimpleNamespace(world_size=1, device=torch.device("cuda"))
+    facts = ModelFacts("native", 128, torch.float32, model.max_context, (), cache=model.cache_size)
+    schedule = [Arrival(arrival, tuple(prompt), STEPS) for prompt, arrival in zip(PROMPTS, ARRIVALS, strict=True)]
+    chosen = EngineSettings(max_sequences=8, max_prefill_tokens=24)
+    played = Play(NativeWorker(model, facts, group), chosen, schedule, model.max_context)
+    played.check_against([greedy(tiny_model(family), prompt, STEPS)[0] for prompt in PROMPTS])
+    assert played.status.preemptions > 0
 
 
 def test_replayed_routes_reach_the_graph(saved_model: Callable[[str], str]) -> None:

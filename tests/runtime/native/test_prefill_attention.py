@@ -1,12 +1,16 @@
-"""Attention of prompts: taking heads in turns changes nothing."""
+"""Attention of prompts: taking heads or sequences in turns changes nothing."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from runtime.native import prefill as feeding
 from runtime.native import prefill_attention as module
 from runtime.native.prefill_attention import prefill_attention
+from tests.support.native import admission, native_model, prefill
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -26,3 +30,15 @@ def test_heads_in_turns(window: int | None, with_sinks: bool, monkeypatch: pytes
     weights = scores.softmax(dim=-1)[..., :11]
     expected = torch.einsum("nhls,nshd->nlhd", weights, v.repeat_interleave(2, dim=2))
     torch.testing.assert_close(together, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2_lite"])
+def test_sequences_in_turns(family: str, saved_model: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[10 * number + place for place in range(9)] for number in range(5)]
+    found = []
+    for at_once in (5, 2):
+        model = native_model(saved_model(family), max_prefill_tokens=64)
+        monkeypatch.setattr(feeding, "EXPANDED", at_once * 9 * model.decoder.shape.kv_values_per_layer)
+        prefill(model, [admission(number, prompt, 1) for number, prompt in enumerate(prompts)])
+        found.append(torch.cat(model.logits))
+    torch.testing.assert_close(*found)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 
 from runtime.native.model import NativeModel
 from runtime.requests import TokenLogprobs
@@ -16,9 +17,16 @@ from tests.support.sampled_requests import PROMPTS, RESOLVED, assert_chosen, ass
 NEW_TOKENS = 9
 
 
-@pytest.fixture
-def model(saved_model: Callable[[str], str]) -> NativeModel:
-    return native_model(saved_model("qwen3_moe"))
+GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")],
+)
+
+
+@pytest.fixture(params=["cpu", GPU])
+def model(request: pytest.FixtureRequest, saved_model: Callable[[str], str]) -> NativeModel:
+    """On a GPU steps are captured, so the second stage acts on what a graph leaves."""
+    return native_model(saved_model("qwen3_moe"), device=request.param, graphs=request.param == "cuda")
 
 
 class Run(Recording):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.native.model import bucket_of
 from runtime.native.prefill import plan_passes
 from runtime.step_plan import Piece
+from tests.support.native import drive, native_model
 
 
 @settings(deadline=None, derandomize=True)
@@ -32,3 +36,17 @@ def test_buckets_hold_their_sequences_without_much_padding(sequences: int) -> No
     assert sequences <= rows <= max(sequences + 7, sequences * 3 // 2)
     assert bucket_of(rows, 1024) == rows
     assert bucket_of(sequences, sequences) == sequences
+
+
+def test_compiling_before_the_weights_are_read_leaves_nothing(saved_model: Callable[[str], str]) -> None:
+    prompts, arrivals = [[5, 6, 7, 8, 9, 40, 41], [100, 11, 12]], [0, 2]
+    model, compiled = native_model(saved_model("qwen3_moe")), native_model(saved_model("qwen3_moe"))
+    weights = compiled.decoder.weights.embedding
+    kept = weights.clone()
+    weights.zero_()
+    compiled.compile_steps()
+    weights.copy_(kept)
+    expected, found = (drive(each, prompts, arrivals, 6) for each in (model, compiled))
+    assert found.tokens == expected.tokens
+    for number in range(2):
+        np.testing.assert_array_equal(np.stack(found.logits[number]), np.stack(expected.logits[number]))

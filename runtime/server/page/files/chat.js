@@ -13,7 +13,7 @@ export function clearChat() {
   log.replaceChildren(opening);
 }
 
-// Asks, and shows the answer as it comes. Resolves to the error that left no answer, or null.
+// Asks, and shows the answer as it comes. A question without any answer leaves no trace.
 export async function ask(server, prompt, settings, signal) {
   opening.remove();
   const question = addTurn("user", "You", prompt);
@@ -24,19 +24,18 @@ export async function ask(server, prompt, settings, signal) {
   log.setAttribute("aria-busy", "true"); // read out when complete, not word by word
   log.scrollTop = log.scrollHeight;
 
-  const conversation = messages; // "Clear" begins another one
-  conversation.push({ role: "user", content: prompt });
-  const result = await run(server, conversation, settings, signal, (piece) => appendText(log, text, piece));
+  messages.push({ role: "user", content: prompt });
+  const result = await run(server, messages, settings, signal, (piece) => appendText(log, text, piece));
 
   show(byId("continues"), !server.hasTemplate);
   answer.querySelector(".who").textContent = server.model || "Model";
   answer.classList.remove("writing");
   if (result.error && !result.text) {
-    conversation.pop();
+    messages.pop();
     question.remove();
     answer.remove();
   } else {
-    conversation.push({ role: "assistant", content: result.text });
+    messages.push({ role: "assistant", content: result.text });
     answer.append(make("p", { className: "measured", textContent: describe(result) }));
     log.scrollTop = log.scrollHeight;
   }

@@ -7,13 +7,14 @@ const prompt = byId("prompt");
 const temperature = byId("temperature");
 const send = byId("send");
 const stop = byId("stop");
+const clear = byId("clear");
 const keyField = byId("key-field");
 
 let running = null;
 let comparing = false;
 
 // `onSend(prompt, settings, signal)` resolves to a text about what went wrong, or ""; a prompt that failed comes back.
-export function listen(onSend) {
+export function listen(onSend, onClear) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (!running && prompt.value.trim()) start(onSend);
@@ -27,6 +28,11 @@ export function listen(onSend) {
     if (event.key === "Escape") halt();
   });
   stop.addEventListener("click", halt);
+  clear.addEventListener("click", () => {
+    say(byId("error"), "");
+    onClear();
+    prompt.focus();
+  });
 }
 
 async function start(onSend) {
@@ -34,6 +40,7 @@ async function start(onSend) {
   running = new AbortController();
   say(byId("error"), "");
   send.disabled = true;
+  clear.disabled = true;
   stop.disabled = false;
   if (!comparing) prompt.value = "";
   prompt.focus();
@@ -41,6 +48,7 @@ async function start(onSend) {
   running = null;
   if (document.activeElement === stop) prompt.focus();
   send.disabled = false;
+  clear.disabled = false;
   stop.disabled = true;
   say(byId("error"), problem);
   if (problem && !prompt.value) prompt.value = asked;

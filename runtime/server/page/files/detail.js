@@ -18,20 +18,18 @@ export function showDetail(placement, copies, loads, [layer, gpu], words) {
   // Bars are as long as the layer's busiest slot is full.
   const longest = loads ? Math.max(...loads.shares[layer].flat()) : 0;
   experts.forEach((expert, slot) => {
-    const others = copies[layer].get(expert).filter((holder) => holder !== gpu);
-    fill(list.children[slot] || list.appendChild(makeSlot()), expert, others, shares[slot], longest);
+    fill(list.children[slot] || list.appendChild(makeSlot()), expert, copies[layer].get(expert), shares[slot], longest);
   });
 }
 
 function makeSlot() {
-  return make("li", {}, make("span", { className: "expert" }), make("span", { className: "share" }),
-    make("span", { className: "copies" }), make("span", { className: "bar" }));
+  return make("li", {}, make("span"), make("span", { className: "copies" }), make("span"), make("span", { className: "bar" }));
 }
 
-function fill(item, expert, others, share, longest) {
-  const [name, part, held, bar] = item.children;
+function fill(item, expert, gpus, share, longest) {
+  const [name, held, part, bar] = item.children;
   name.textContent = `Expert ${expert}`;
   part.textContent = longest ? percent(share) : "–";
-  held.textContent = others.length ? `${others.length + 1} copies, also GPU ${others.join(", ")}` : "1 copy";
+  held.textContent = gpus.length > 1 ? `${gpus.length} copies: GPU ${gpus.join(", ")}` : "1 copy";
   bar.style.width = `${longest ? (100 * share) / longest : 0}%`;
 }

@@ -8,7 +8,8 @@ export function milliseconds(ms) {
 }
 
 export function rate(perSecond) {
-  return perSecond.toLocaleString("en", { maximumFractionDigits: perSecond < 99.5 ? 1 : 0 });
+  const digits = perSecond < 99.5 ? 1 : 0;
+  return perSecond.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
 export function times(ratio) {

@@ -14,6 +14,7 @@ export class Server {
   }
 
   async loadModel(signal) {
+    this.hasTemplate = true;
     this.model = (await getJson(this.path("models"), signal)).data[0].id;
     return this.model;
   }
@@ -74,6 +75,7 @@ export async function run(server, messages, settings, signal, onText) {
   } catch (error) {
     if (signal.aborted) result.end = "stopped";
     else result.error = error;
+    if (error.code === "model_not_found") server.model = null; // started anew with another one: ask again for its name
   }
   result.totalMs = performance.now() - sentAt;
   return result;

@@ -54,6 +54,7 @@ function build() {
   const numGpus = placement.slots[0].length;
   grid.style.setProperty("--layers", placement.slots.length);
   grid.style.setProperty("--gpus", numGpus);
+  byId("map").classList.toggle("tall", placement.slots.length > 16);
   grid.classList.toggle("dense", numGpus > 4);
   grid.classList.toggle("many", numGpus > 8);
   const corner = make("th", { scope: "col", textContent: "Layer" });

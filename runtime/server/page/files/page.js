@@ -21,14 +21,15 @@ function isComparing() {
 }
 
 async function send(prompt, settings, signal) {
-  const results = isComparing()
+  const comparing = isComparing();
+  const results = comparing
     ? await askBoth([here, there], prompt, settings, signal, inTurns())
     : [await ask(here, prompt, settings, signal)];
   showModel();
   const errors = results.map((result) => result.error).filter(Boolean);
   if (errors.some((error) => error instanceof ServerError && error.status === 401)) askForKey();
   // Side by side, each answer's place tells its own error.
-  return isComparing() || !errors.length ? "" : explain(errors[0]);
+  return comparing || !errors.length ? "" : explain(errors[0]);
 }
 
 function showModel() {
@@ -78,11 +79,6 @@ async function setMode(mode) {
 for (const radio of document.querySelectorAll("[name=mode]")) {
   radio.addEventListener("change", () => setMode(radio.value));
 }
-byId("clear").addEventListener("click", () => {
-  halt();
-  if (isComparing()) clearComparison();
-  else clearChat();
-});
 byId("key").addEventListener("input", () => setKey(byId("key").value.trim()));
 byId("key").addEventListener("change", () => {
   loadModel();
@@ -91,7 +87,7 @@ byId("key").addEventListener("change", () => {
 byId("whose").addEventListener("change", () => watch(PREFIXES[byId("whose").value]));
 document.addEventListener("visibilitychange", wake);
 DARK.addEventListener("change", redrawMap);
-listen(send);
+listen(send, () => (isComparing() ? clearComparison() : clearChat()));
 whenRefused(askForKey);
 
 clearComparison();

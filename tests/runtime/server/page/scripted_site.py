@@ -134,6 +134,8 @@ class ScriptedSite:
     async def _answer(self, request: Request, choice: Any) -> Response:
         self.seen.append((request.url.path, await request.json()))
         self.headers = dict(request.headers)
+        if self.seen[-1][1]["model"] != self.placement["model"]:
+            raise ApiError(404, "the model does not exist here", code="model_not_found")
         if self.full:
             error = ApiError(429, "8 requests wait", code="queue_full", headers={"Retry-After": "7"})
             return error_response(error)

@@ -85,6 +85,16 @@ def test_model_without_a_chat_template_continues_text(browser: Chrome, site: Scr
     ]
 
 
+def test_server_that_has_another_model_by_now(browser: Chrome, site: ScriptedSite) -> None:
+    wait_for(lambda: text(browser, "#model") == "team/demo")
+    site.placement = site.placement | {"model": "team/other"}
+    ask(browser, "x")
+    wait_for(lambda: "does not exist here" in text(browser, "#error"))
+    find(browser, "#send").click()
+    assert answered(browser) == ["Hello, world."]
+    assert text(browser, "#model") == "team/other"
+
+
 def test_what_is_written_is_text_whatever_it_says(browser: Chrome, site: ScriptedSite) -> None:
     site.pieces = [HOSTILE]
     site.placement = PLACEMENT | {

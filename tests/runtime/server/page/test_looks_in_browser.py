@@ -45,14 +45,14 @@ def test_phone_never_scrolls_sideways(browser: Chrome, site: ScriptedSite, mode:
     if shape:
         site.placement, site.load = large_model(*shape)
     site.pieces = ["long" * 60, " ", "word " * 60]
-    for width in (320, 360):
-        resize(browser, width, 740, phone=True)
-        load_page(browser, site)
-        map_shown(browser) if not shape else wait_for(lambda: texts(browser, "#slots li"))
-        find(browser, f"[name=mode][value={mode}]").click()
-        ask(browser, "x" * 300)
-        wait_for(lambda: site.seen and find(browser, "#send").is_enabled())
-        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+    resize(browser, 320, 740, phone=True)
+    load_page(browser, site)
+    num_slots = shape[1] // shape[2] if shape else len(PLACEMENT["slots"][0][0])
+    wait_for(lambda: len(texts(browser, "#slots li")) == num_slots)
+    find(browser, f"[name=mode][value={mode}]").click()
+    ask(browser, "x" * 300)
+    wait_for(lambda: site.seen and find(browser, "#send").is_enabled())
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 320
     assert problems(browser) == []
 
 
@@ -92,13 +92,30 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(browser: Chrome, site:
             break
         reached.append(element.get_attribute("id") or element.get_attribute("class") or element.get_attribute("name"))
         assert element.accessible_name, reached[-1]
-    expected = "skip mode log prompt temperature max-tokens send clear whose measure"
+    expected = "skip mode log prompt temperature max-tokens send clear whose measure detail"
     assert [name for name in reached if name in expected.split()] == expected.split()
     assert any("cell" in name for name in reached)
     ActionChains(browser).key_down(Keys.CONTROL).send_keys(Keys.HOME).key_up(Keys.CONTROL).perform()
     browser.execute_script("document.querySelector('.skip').focus()")
     ActionChains(browser).send_keys(Keys.ENTER).perform()
     wait_for(lambda: browser.switch_to.active_element.get_attribute("id") == "prompt")
+
+
+def test_detail_stays_in_sight_and_hides_nothing_focused(browser: Chrome, site: ScriptedSite) -> None:
+    site.placement, site.load = large_model(58, 256, 8)
+    load_page(browser, site)
+    wait_for(lambda: len(texts(browser, "#slots li")) == 32)
+    script = """
+        const box = (e) => e.getBoundingClientRect(), cell = document.activeElement;
+        const detail = box(document.querySelector("#detail"));
+        return [box(cell).top, box(cell).bottom, detail.top, detail.bottom, innerHeight];
+    """
+    browser.execute_script("document.querySelector('#grid [tabindex=\"0\"]').focus()")
+    for _ in range(57):
+        ActionChains(browser, duration=0).send_keys(Keys.ARROW_DOWN).perform()
+        top, bottom, detail_top, detail_bottom, height = browser.execute_script(script)
+        assert 0 <= top < bottom <= detail_top < detail_bottom <= height + 1
+    assert text(browser, "#detail-title") == "Layer 60, GPU 0"
 
 
 def test_mode_is_changed_by_arrow_keys(browser: Chrome, site: ScriptedSite) -> None:

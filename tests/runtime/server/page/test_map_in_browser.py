@@ -85,9 +85,9 @@ def test_experts_of_a_slot_on_hover_and_on_touch(browser: Chrome, site: Scripted
     ActionChains(browser).move_to_element(cell(browser, 1, 0)).perform()
     wait_for(lambda: text(browser, "#detail-title") == "Layer 4, GPU 0")
     assert shown_slots(browser) == [
-        ["Expert 0", "10%", "2 copies, also GPU 1"],
-        ["Expert 1", "20%", "1 copy"],
-        ["Expert 2", "20%", "1 copy"],
+        ["Expert 0", "2 copies: GPU 0, 1", "10%"],
+        ["Expert 1", "1 copy", "20%"],
+        ["Expert 2", "1 copy", "20%"],
     ]
     assert "1.00× the mean of the GPUs' tokens, 50% of the layer's tokens" in text(browser, "#detail-says")
     assert "2.5 of them are active in a step" in text(browser, "#detail-says")
@@ -102,7 +102,7 @@ def test_experts_of_a_slot_on_hover_and_on_touch(browser: Chrome, site: Scripted
     for kind, points in (("touchStart", [point]), ("touchEnd", [])):
         browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
     wait_for(lambda: text(browser, "#detail-title") == "Layer 5, GPU 1")
-    assert shown_slots(browser) == [["Expert 1", "25%", "1 copy"], ["Expert 0", "25%", "1 copy"]]
+    assert shown_slots(browser) == [["Expert 1", "1 copy", "25%"], ["Expert 0", "1 copy", "25%"]]
 
 
 def test_map_is_walked_by_keyboard(browser: Chrome, site: ScriptedSite) -> None:

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
 from profiler.errors import InputError
+from runtime.server import create_app
 from runtime.server_settings import ServerSettings
 from tests.runtime.server.page.scripted_site import ScriptedSite
+from tests.runtime.server.scripted_engine import ScriptedEngine, byte_level_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,7 @@ def test_other_files_are_not_served(site: ScriptedSite, name: str) -> None:
 
 def test_second_server_gets_the_request_and_its_answer_comes_back(site: ScriptedSite, second: ScriptedSite) -> None:
     second.key = "secret"
-    body = {"prompt": "Who?", "stream": True}
+    body = {"model": "team/demo", "prompt": "Who?", "stream": True}
     refused = httpx.post(f"{site.url}/compare/v1/completions", json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     headers = {"Authorization": "Bearer secret", "Cookie": "private=1"}
@@ -78,6 +81,17 @@ def test_second_server_gets_the_request_and_its_answer_comes_back(site: Scripted
     assert placement["strategy"] == "contiguous"
 
 
+def test_api_key_guards_the_second_server_and_not_the_page(second: ScriptedSite) -> None:
+    app = create_app(ScriptedEngine(), byte_level_tokenizer(), "demo", 0, api_key="secret", compare_url=second.url)
+    client = TestClient(app)
+    for path in ("/", "/page/page.js", "/page/settings"):
+        assert client.get(path).status_code == 200
+    assert client.get("/compare/v1/models").status_code == 401
+    known = client.get("/compare/v1/models", headers={"Authorization": "Bearer secret"})
+    assert known.json()["data"][0]["id"] == "team/demo"
+    assert not any(path.startswith(("/page", "/compare")) for path in app.openapi()["paths"])
+
+
 def test_only_the_second_server_and_its_known_routes_are_reached(site: ScriptedSite) -> None:
     for path in ("compare/", "compare/metrics", "compare/v1/../metrics", "compare/http://127.0.0.1:1/", "compare/v1/x"):
         assert httpx.get(f"{site.url}/{path}").status_code == 404
@@ -90,9 +104,10 @@ def test_stream_arrives_piece_by_piece_and_a_client_that_leaves_ends_it(
 ) -> None:
     gate = threading.Event()
     second.pieces = ["first", gate, "second"]
-    body = {"prompt": "x", "stream": True}
+    body = {"model": "team/demo", "prompt": "x", "stream": True}
     with httpx.stream("POST", f"{site.url}/compare/v1/completions", json=body, timeout=10) as answer:
-        assert "first" in next(answer.iter_lines())
+        lines = answer.iter_lines()  # held: the stream is closed with it
+        assert "first" in next(lines)
         assert not second.left.is_set()
     assert second.left.wait(5)
 
@@ -121,8 +136,8 @@ def test_compare_url(url: str) -> None:
 
 
 NO_SERVERS = (
-    *("", 8001, True, "127.0.0.1:8001", "ftp://a", "file:///etc/passwd", "http://", "http://a:b", "http://a/"),
-    *("http://a/v1", "http://a?x", "http://a#", "http://u:p@a", "http://a\n"),
+    *("", 8001, True, "127.0.0.1:8001", "ftp://a", "file:///etc/passwd", "http://", "http://a:b", "http://a b"),
+    *("http://ä", "http://a/", "http://a/v1", "http://a?x", "http://a#", "http://u:p@a", "http://a\n"),
 )
 
 
