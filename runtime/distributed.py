@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from runtime.errors import ModelError
+from runtime.heartbeat import Heartbeat
 
 MESSAGE_BYTES = 16384  # a step's plan nearly always fits, so one broadcast carries it
 TEXT_BYTES = 2048
@@ -74,6 +75,7 @@ class RankGroup:
         )
         self.control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else dist.group.WORLD
         self._through_host = backend == "gloo" and device.type == "cuda"
+        self._heartbeat: Heartbeat | None = None
         self._message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
 
     @property
@@ -85,9 +87,21 @@ class RankGroup:
         """From now on every rank must answer within the timeout."""
         for group in {dist.group.WORLD, self.control}:
             _set_pg_timeout(self._timeout, group)
+        if self.world_size > 1:
+            self._heartbeat = Heartbeat.start(self.rank, self.world_size)
+
+    def describe_silent(self) -> str:
+        """Which ranks rank 0 hears no more of, as ``rank 1 does not answer``; empty where there are none."""
+        silent = [] if self._heartbeat is None else self._heartbeat.silent()
+        if not silent:
+            return ""
+        several = len(silent) > 1
+        return f"rank{'s' * several} {', '.join(map(str, silent))} {'do' if several else 'does'} not answer"
 
     def close(self) -> None:
         """Leave the group; collectives fail afterwards."""
+        if self._heartbeat is not None:
+            self._heartbeat.end()
         if dist.is_initialized():
             dist.destroy_process_group()
         self.control = None  # a group that lives until the interpreter ends aborts the process: its threads still run

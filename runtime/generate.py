@@ -22,7 +22,7 @@ def generate(plan_path: str, settings: EngineSettings, prompt: str, sampling: Sa
     tokenizer = load_tokenizer(model)
     run = start_run(plan, model, settings)
     engine = run.start_engine(settings)
-    watch_ranks(run, engine)
+    watch_ranks(run, engine, settings.rank_timeout_s)
     engine.start()
     try:
         events: queue.SimpleQueue[TokenEvent] = queue.SimpleQueue()

@@ -5,31 +5,30 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 PERIOD_S = 0.5
-PATIENCE_S = 2.0  # a rank that has not counted up for so long is silent
+PATIENCE_S = 1.6  # a rank that has not counted up for so long is silent
 STORE_TIMEOUT_S = 5.0
 
 
 class Heartbeat:
-    """This rank's count, and a view on those of the others.
+    """This rank's count, and on rank 0 the time since which each other rank's stands still.
 
     Args:
-        store: of all ranks; used by this object alone.
+        store: of all ranks; used by this object's thread alone.
         rank: of this process.
         world_size: number of ranks.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int) -> None:
-        self._store, self._rank, self._world_size = store, rank, world_size
-        self._lock = threading.Lock()
+        self._store, self._rank = store, rank
         self._ended = threading.Event()
-        self._store.set(_key(rank), "0")
+        watched = range(1, world_size) if rank == 0 else ()
+        self._seen = {other: (b"", time.monotonic()) for other in watched}
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     @staticmethod
@@ -40,24 +39,24 @@ class Heartbeat:
         return Heartbeat(dist.TCPStore(address, port, timeout=timeout), rank, world_size)
 
     def _beat(self) -> None:
-        count = 0
-        while not self._ended.wait(PERIOD_S):
-            count += 1
+        beats = 0
+        while True:
+            beats += 1
             try:
-                with self._lock:
-                    self._store.set(_key(self._rank), str(count))
+                self._store.set(_key(self._rank), str(beats))
+                for other, (before, _) in self._seen.items():
+                    count = self._store.get(_key(other))
+                    if count != before:
+                        self._seen[other] = (count, time.monotonic())
             except RuntimeError:  # the store went with the rank that held it
                 return
+            if self._ended.wait(PERIOD_S):
+                return
 
-    def silent(self, sleep: Callable[[float], None] = time.sleep) -> list[int]:
-        """Ranks that do not count up any more; takes `PATIENCE_S`."""
-        before = self._counts()
-        sleep(PATIENCE_S)
-        return [rank for rank, count in self._counts().items() if count == before.get(rank)]
-
-    def _counts(self) -> dict[int, bytes]:
-        with self._lock:
-            return {rank: self._store.get(_key(rank)) for rank in range(self._world_size) if rank != self._rank}
+    def silent(self) -> list[int]:
+        """Ranks that have not counted up lately; known to rank 0."""
+        now = time.monotonic()
+        return [rank for rank, (_, since_s) in self._seen.items() if now - since_s > PATIENCE_S]
 
     def end(self) -> None:
         """Count no further."""

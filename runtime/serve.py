@@ -20,6 +20,7 @@ from runtime.start import Run, load_plan, load_tokenizer, start_run
 
 logger = logging.getLogger(__name__)
 
+FOLLOWER_PATIENCE_S = 10.0  # rank 0 knows more, and is to speak first
 EXIT_S = 29  # after a signal; see `runtime.server_settings.MAX_DRAIN_S`
 
 
@@ -51,7 +52,7 @@ def serve(plan_path: str, settings: EngineSettings, server: ServerSettings, reco
         cors_origins=server.cors_origins,
         compare_url=server.compare_url,
     )
-    watch_ranks(run, engine)
+    watch_ranks(run, engine, settings.rank_timeout_s)
     engine.start()
     try:
         failure = run_server(
@@ -75,13 +76,19 @@ def follow(plan: PlacementPlan, model: str, settings: EngineSettings) -> int:
     """The life of every rank but 0: load, then execute rank 0's plans."""
     try:
         run = start_run(plan, model, settings)
+        run.worker.watch_steps(settings.rank_timeout_s + FOLLOWER_PATIENCE_S, end_follower)
         run.worker.serve()
     except RuntimeError as error:  # of this rank's own, or what torch.distributed raises when a peer is gone
-        print(f"error: rank {os.environ['RANK']} stopped: {first_line(error)}", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)  # leaving the group in order would wait for the lost ranks
+        end_follower(first_line(error))
     run.close()
     return 0
+
+
+def end_follower(reason: str) -> None:
+    """End this rank at once: leaving the group in order would wait for the lost ranks."""
+    print(f"error: rank {os.environ['RANK']} stopped: {reason}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def end_recording(run: Run) -> None:
@@ -90,10 +97,12 @@ def end_recording(run: Run) -> None:
         run.worker.recording.close()
 
 
-def watch_ranks(run: Run, engine: Engine) -> None:
-    """From now on a rank that dies takes the engine down instead of the process, so that clients are told."""
+def watch_ranks(run: Run, engine: Engine, timeout_s: float) -> None:
+    """From now on a rank that dies or hangs takes the engine down instead of the process, so that clients are told."""
     if run.ranks is not None:
         run.ranks.on_death = engine.fail
+    if run.group.world_size > 1:
+        run.worker.watch_steps(timeout_s, engine.fail)
 
 
 def end_in_time(run: Run) -> None:
@@ -106,7 +115,8 @@ def end_in_time(run: Run) -> None:
 
 def abort(run: Run, failure: str) -> None:
     """End this process and its ranks at once with exit code 1: a collective may never return."""
-    print(f"error: {failure}", file=sys.stderr)
+    silent = "" if failure.startswith("rank ") else run.group.describe_silent()
+    print(f"error: {failure}{'; ' * bool(silent)}{silent}", file=sys.stderr)
     sys.stderr.flush()
     if run.ranks is not None:
         run.ranks.kill()

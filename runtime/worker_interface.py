@@ -134,6 +134,12 @@ class Worker(ABC):
         """Work of all slots since the last call; None on ranks that do not know it. Called between steps."""
         return None
 
+    def watch_steps(self, timeout_s: float, on_overdue: Callable[[str], None]) -> None:  # noqa: B027
+        """From now on call with a line that says so, once, where a step does not end within the timeout.
+
+        Nothing to do where collectives notice by themselves that a rank does not answer.
+        """
+
     def serve(self) -> None:
         """Follow rank 0's plans until it says stop (ranks other than 0)."""
         while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from runtime.distributed import RankGroup
@@ -10,6 +12,7 @@ from runtime.native.model import NativeModel
 from runtime.recording import RouteRecording
 from runtime.requests import TokenLogprobs
 from runtime.step_plan import StepPlan
+from runtime.step_watch import StepWatch
 from runtime.worker_interface import ModelFacts, Tokens, Worker
 
 TAKE_LOAD = "take_load"  # key of the message upon which every rank hands over what it has counted
@@ -29,14 +32,19 @@ class NativeWorker(Worker):
     def __init__(self, model: NativeModel, facts: ModelFacts, group: RankGroup) -> None:
         self.model, self.facts, self.group = model, facts, group
         self._logprobs: dict[int, TokenLogprobs] = {}
+        self._watch: StepWatch | None = None
         self.overlaps = group.device.type == "cuda"
 
     def launch(self, step: StepPlan) -> Tokens:
         """Begin a step; see `Worker.launch`."""
+        if self._watch is not None:
+            self._watch.began()
         new = self.model.launch(step)
 
         def tokens() -> dict[int, int]:
             known = new()
+            if self._watch is not None:
+                self._watch.ended()
             self._logprobs = new.logprobs
             return known
 
@@ -45,6 +53,11 @@ class NativeWorker(Worker):
     def record(self, recording: RouteRecording) -> None:
         """Hand every pass's routes over; see `Worker.record`."""
         self.recording = self.model.recording = recording
+
+    def watch_steps(self, timeout_s: float, on_overdue: Callable[[str], None]) -> None:
+        """Notice a step that does not end; see `Worker.watch_steps`."""
+        self._watch = StepWatch(timeout_s, on_overdue)
+        self._watch.start()
 
     def execute(self, step: StepPlan) -> dict[int, int]:
         """Run one step; see `Worker.execute`."""

@@ -223,6 +223,7 @@ def test_a_stopped_rank_is_lost_after_its_timeout(start: Start) -> None:
     assert server.process.wait(END_S) == 1
     server.wait_gone(1)
     assert len(server.error_lines()) == 1, server.log
+    assert server.error_lines()[0].endswith("; rank 1 does not answer")
     assert "Traceback" not in server.log
 
 
