@@ -60,7 +60,7 @@ def native_worker(path: str, overlaps: bool, cache_tokens: int) -> NativeWorker:
 
 
 def play(worker: NativeWorker, settings: EngineSettings, schedule: list[Arrival]) -> Play:
-    """Play it, and leave nothing in the worker: whether an engine that stops has retired the last sequences is a race."""
+    """Play it, and leave nothing in the worker: an engine that stops may not have retired its last sequences yet."""
     played = Play(worker, settings, schedule)
     worker.launch(StepPlan(retire=list(range(len(schedule))), decode=False))()
     return played
