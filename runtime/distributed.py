@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,12 +14,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from runtime.errors import ModelError
+from runtime.errors import InputError, ModelError
 from runtime.heartbeat import Heartbeat
 
 MESSAGE_BYTES = 16384  # a step's plan nearly always fits, so one broadcast carries it
 TEXT_BYTES = 2048
 START_UP_TIMEOUT_S = 3600.0  # ranks import and load at different speeds; one that dies is noticed by who started it
+
+
+class FailedElsewhereError(Exception):
+    """What this rank did went well, but another rank failed, and will say why."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,22 @@ class RankGroup:
             row[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
         rows = self.gather_tokens(row)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave this only when all ranks are through: a rank that failed alone would meet the others in other collectives.
+
+        Raises:
+            FailedElsewhereError: on ranks whose own work went well, where another's ended with an error in the input or
+                for want of memory.
+        """
+        try:
+            yield
+        except (InputError, FailedElsewhereError, torch.OutOfMemoryError):
+            self.gather_tokens(torch.tensor([1]))
+            raise
+        if self.gather_tokens(torch.tensor([0])).any():
+            raise FailedElsewhereError("another rank failed")
 
     def broadcast_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rank 0's int64 ``[N]`` host tensor on every rank."""

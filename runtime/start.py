@@ -14,7 +14,7 @@ import torch
 from placement.plan import PlacementPlan
 from profiler.fingerprint import model_fingerprint
 from runtime.checkpoint import load_shard
-from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
+from runtime.distributed import FailedElsewhereError, RankAddress, RankGroup, choose_backend, choose_device
 from runtime.engine import Engine
 from runtime.errors import InputError, ModelError, one_line
 from runtime.exchange import EXCHANGES
@@ -198,6 +198,8 @@ def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, gro
         worker = load_worker(plan, model, settings, group)
     except InputError as error:
         found = str(error)
+    except FailedElsewhereError:
+        pass  # that rank tells
     except torch.OutOfMemoryError:
         remedy = "plan for more GPUs or fewer slots, or lower cache_tokens"
         found = f"model {model}: this rank's part does not fit into {group.device}; {remedy}"
@@ -215,7 +217,8 @@ def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, gro
 def load_worker(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> Worker:
     """Load this rank's shard of the model, on the native path or the universal one, and put it to work in the group."""
     exchange = settings.exchange or plan.workload.exchange
-    shape = choose_native(model, settings, group, exchange)
+    with group.together():
+        shape = choose_native(model, settings, group, exchange)
     if shape is not None:
         return load_native(plan, model, shape, settings, group)
     load: Any = random_shard if settings.weights == "random" else load_shard

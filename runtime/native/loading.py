@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -135,12 +136,14 @@ def load_native(
         dtype = getattr(config, "dtype", None) or torch.bfloat16
     ranks = Ranks.meet(shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
     slots = local_slots(plan, group.rank)
-    decoder, fill = make_decoder(model, config, shape, slots, dtype, device, settings, ranks=ranks)
-    if ranks is not None:
-        ranks.place(decoder.weights, plan)
-    native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
+    # Ranks go on together: on GPUs a step of one that goes on alone would wait for the others' rows without end.
+    with group.together():
+        decoder, fill = make_decoder(model, config, shape, slots, dtype, device, settings, ranks=ranks)
+        if ranks is not None:
+            ranks.place(decoder.weights, plan)
+        native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
     capture = capture and device.type == "cuda"
-    with ThreadPoolExecutor(1) as pool:
+    with group.together(), ThreadPoolExecutor(1) as pool:
         filling = pool.submit(fill)
         if capture:  # compiling takes processors, reading takes the disk; captures bear no other work on the GPU
             native.compile_steps()
@@ -196,11 +199,12 @@ def make_decoder(
     """
     if ranks is not None:
         shape = ranks.share.shape_of(shape)
-    weights, parts = allocate(shape, slots, dtype, device)
+    with nullcontext() if ranks is None else ranks.group.together():
+        weights, parts = allocate(shape, slots, dtype, device)
+        free_bytes = 0 if settings.cache_tokens else _free_bytes(shape, settings, dtype, device)
+        tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, free_bytes)
     if ranks is not None:
         parts = [ranks.share.part_of(part) for part in parts]
-    tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
-    if ranks is not None:
         tokens = ranks.least(tokens)
     try:
         kind = PagedCache if shape.latent is None else LatentCache

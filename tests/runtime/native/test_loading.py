@@ -15,6 +15,7 @@ from runtime.errors import ModelError
 from runtime.native.cache import PAGE_SIZE
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import read_shape
+from runtime.native.heads import HeadShare
 from runtime.native.loading import cache_tokens, prefill_bytes, step_reads
 from runtime.native.weights import DecoderWeights, Part, allocate
 from runtime.settings import EngineSettings
@@ -95,6 +96,33 @@ def test_broken_checkpoints(change: Callable[[dict[str, Any]], Any], reason: str
     with pytest.raises(ModelError, match=reason) as error:
         fill_from_checkpoint(str(tmp_path), parts)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "cut"),
+    [
+        ("qwen3_moe", "self_attn.q_proj.weight", lambda whole: whole[: len(whole) // 2]),
+        ("qwen3_moe", "self_attn.o_proj.weight", lambda whole: whole[:, : whole.shape[1] // 2]),
+        ("qwen3_moe", "self_attn.o_proj.weight", lambda whole: whole[0]),
+        ("gpt_oss", "mlp.experts.down_proj", lambda whole: whole[:4]),
+        ("gpt_oss", "mlp.experts.gate_up_proj", lambda whole: whole[..., None]),
+    ],
+)
+def test_shapes_of_another_model(
+    family: str, name: str, cut: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    """Also half a tensor where a rank takes half of the heads, whose shape would fit."""
+    tiny_model(family).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = f"model.layers.1.{name}"
+    tensors[name] = cut(tensors[name]).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    shape = read_shape(AutoConfig.from_pretrained(tmp_path))
+    share = HeadShare.choose(shape, 1, 2)
+    held = dict.fromkeys(range(shape.num_layers), range(shape.num_experts))
+    _, parts = allocate(share.shape_of(shape), held, torch.float32, CPU)
+    with pytest.raises(ModelError, match=f"{name}: shape .* expected .* of another model"):
+        fill_from_checkpoint(str(tmp_path), [share.part_of(part) for part in parts])
 
 
 def test_truncated_files(tmp_path: Path) -> None:
