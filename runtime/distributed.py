@@ -184,7 +184,7 @@ class RankGroup:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Leave this only when all ranks are through: a rank that failed alone would meet the others in other collectives.
+        """Leave this when all ranks are through: one that failed alone would meet the others in another collective.
 
         Raises:
             FailedElsewhereError: on ranks whose own work went well, where another's ended with an error in the input or

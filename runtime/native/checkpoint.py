@@ -116,24 +116,25 @@ def _read(tensors: Any, part: Part) -> torch.Tensor:
     Raises:
         ModelError: the file's tensor has no such row, or another size than the piece is of.
     """
-    row, piece, ndim = part.row, part.piece, part.destination.ndim
-    if row is None and piece is None:
-        whole: torch.Tensor = tensors.get_tensor(part.name)
-        return whole
-    tensor = tensors.get_slice(part.name)
-    found = list(tensor.get_shape())
-    if piece is None:
-        if len(found) != ndim + 1 or found[0] <= row:
-            raise _other_shape(part, found, f"{ndim} dimensions for each of {row + 1} or more experts")
-        stacked: torch.Tensor = tensor[row]
-        return stacked
-    expected = list(part.destination.shape)
-    expected[piece.dimension] = piece.total
-    if found != expected:  # such a tensor may well have the size of the piece
-        raise _other_shape(part, found, expected)
-    entries = slice(piece.start, piece.start + part.destination.shape[piece.dimension])
-    taken: torch.Tensor = tensor[entries] if piece.dimension == 0 else tensor[:, entries]
-    return taken
+    row, piece = part.row, part.piece
+    source: torch.Tensor
+    if piece is not None:
+        tensor, expected = tensors.get_slice(part.name), list(part.destination.shape)
+        size = expected[piece.dimension]
+        expected[piece.dimension] = piece.total
+        if tensor.get_shape() != expected:  # it may well have the shape of the piece
+            raise _other_shape(part, tensor.get_shape(), expected)
+        entries = slice(piece.start, piece.start + size)
+        source = tensor[entries] if piece.dimension == 0 else tensor[:, entries]
+    elif row is not None:
+        tensor, dimensions = tensors.get_slice(part.name), part.destination.ndim
+        found = tensor.get_shape()
+        if len(found) != dimensions + 1 or found[0] <= row:
+            raise _other_shape(part, found, f"{dimensions} dimensions for each of {row + 1} or more experts")
+        source = tensor[row]
+    else:
+        source = tensors.get_tensor(part.name)
+    return source
 
 
 def _other_shape(part: Part, found: list[int], expected: object) -> ModelError:
