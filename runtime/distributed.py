@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from runtime.errors import InputError, ModelError
+from runtime.errors import InputError, ModelError, one_line
 from runtime.heartbeat import Heartbeat
 
 MESSAGE_BYTES = 16384  # a step's plan nearly always fits, so one broadcast carries it
@@ -37,16 +38,32 @@ class RankAddress:
 
     @staticmethod
     def from_environment() -> RankAddress | None:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; None where no RANK is set."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; None where no RANK is set.
+
+        Raises:
+            ModelError: another one is missing, or one is no number.
+        """
         if "RANK" not in os.environ:
             return None
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return RankAddress(
-            rank=rank,
-            world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        )
+        try:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            return RankAddress(
+                rank=rank,
+                world_size=world_size,
+                local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            )
+        except (KeyError, ValueError) as error:
+            raise ModelError(
+                f"RANK={os.environ['RANK']}: no address among ranks ({one_line(error)}); use torchrun, or unset RANK"
+            ) from error
+
+
+def end_process(rank: int, reason: str) -> None:
+    """End this rank at once: leaving the group in order would wait for other ranks, which may wait for this one."""
+    print(f"error: rank {rank} stopped: {reason}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class RankGroup:

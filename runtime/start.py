@@ -182,10 +182,10 @@ def joined_group(ranks: LocalRanks | None, address: RankAddress, settings: Engin
     try:
         group = join_group(address, settings)
         yield group
-    except BaseException:
+    except BaseException as error:
         if ranks is not None:
             ranks.kill()
-        if group is not None:
+        if group is not None and isinstance(error, (InputError, SystemExit)):  # else a GPU may wait for lost ranks
             group.close()
         raise
 

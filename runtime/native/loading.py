@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from placement.plan import PlacementPlan
-from runtime.distributed import RankGroup
+from runtime.distributed import RankGroup, end_process
 from runtime.errors import ModelError, one_line
 from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
@@ -146,11 +146,11 @@ def load_native(
     with group.together(), ThreadPoolExecutor(1) as pool:
         filling = pool.submit(fill)
         if capture:  # compiling takes processors, reading takes the disk; captures bear no other work on the GPU
-            native.compile_steps()
+            _take_steps(native.compile_steps, group)
         filling.result()
     filled_s = time.perf_counter()
     if capture:
-        native.capture()
+        _take_steps(native.capture, group)
     logger.info(
         "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
         filled_s - start_s,
@@ -171,6 +171,16 @@ def load_native(
         expert_bytes=reads.expert_bytes or None,
     )
     return NativeWorker(native, facts, group)
+
+
+def _take_steps(steps: Callable[[], None], group: RankGroup) -> None:
+    """Run steps that all ranks take; a rank that cannot ends, since the others' GPUs wait for its rows without end."""
+    try:
+        steps()
+    except torch.OutOfMemoryError as error:
+        if group.world_size == 1:
+            raise
+        end_process(group.rank, f"no memory for the steps' graphs ({one_line(error)[:200]}); lower cache_tokens")
 
 
 def make_decoder(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from runtime.errors import ModelError
+from runtime.native import loading
 from runtime.native.cache import PAGE_SIZE
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import read_shape
@@ -177,3 +179,20 @@ def test_bytes_of_a_step(family: str, cached: int, saved_model: Callable[[str], 
     weights = sum(t.nbytes for name, t in tensors.items() if t.ndim == 2 and "embed" not in name)
     assert reads.total(8, 0, 0) == weights
     assert reads.total(0, 3, 10) - reads.total(0, 0, 10) == 3 * 10 * 3 * cached * 4
+
+
+def test_a_rank_that_cannot_take_its_steps_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It must not wait for the others: their GPUs wait for its rows."""
+
+    def steps() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    loading._take_steps(steps, cast(Any, SimpleNamespace(rank=1, world_size=2)))
+    assert ended == [1]
+    assert "error: rank 1 stopped: no memory for the steps' graphs" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        loading._take_steps(steps, cast(Any, SimpleNamespace(rank=0, world_size=1)))
