@@ -25,7 +25,7 @@ from runtime.errors import ModelError
 from runtime.launcher import LocalRanks
 from runtime.native.loading import load_config
 from runtime.settings import EngineSettings, Settings
-from runtime.start import join_group
+from runtime.start import joined_group, on_all_ranks
 
 COPY_BYTES = 1 << 28
 MATRIX = {"cuda": 8192, "cpu": 512}  # rows and columns of the product that tells the arithmetic rate
@@ -85,18 +85,29 @@ def calibrate(settings: CalibrationSettings, engine: EngineSettings, output: str
         address = ranks.address
     if address.world_size != address.local_world_size:
         raise ModelError(f"{address.world_size} ranks on several hosts: calibrate measures one; start it on each alone")
-    group = join_group(address, engine)
-    dtype = engine.torch_dtype(group.device)
-    sizes = model_sizes(settings.model, torch.bfloat16 if dtype == "auto" else cast(torch.dtype, dtype), group)
-    group.end_start_up()
-    experts, exchanges, rates = measure(group, sizes, settings)
-    if group.rank == 0:
-        cluster, fits = describe(settings, sizes, experts, exchanges, rates, group.world_size)
-        write_cluster(Path(output), cluster, fits, group.device)
+    with joined_group(ranks, address, engine) as group:
+        dtype = engine.torch_dtype(group.device)
+        told = torch.bfloat16 if dtype == "auto" else cast(torch.dtype, dtype)
+        sizes, memory_bytes = on_all_ranks(group, settings.model, lambda: find_sizes(settings, told, group))
+        group.end_start_up()
+        experts, exchanges, rates = measure(group, sizes, memory_bytes)
+        if group.rank == 0:
+            cluster, fits = describe(settings, sizes, experts, exchanges, rates, group.world_size)
+            write_cluster(Path(output), cluster, fits, group.device)
     if ranks is not None:
         ranks.wait(timeout_s=10)
     group.close()
     return 0
+
+
+def find_sizes(settings: CalibrationSettings, dtype: torch.dtype, group: RankGroup) -> tuple[ModelSizes, float]:
+    """What is known before anything is measured: the model's sizes, and this rank's memory for experts.
+
+    Raises:
+        ModelError: as in `model_sizes` and `expert_memory_bytes`.
+    """
+    sizes = model_sizes(settings.model, dtype, group)
+    return sizes, expert_memory_bytes(group, sizes, settings)
 
 
 def model_sizes(model: str, dtype: torch.dtype, group: RankGroup) -> ModelSizes:
@@ -129,7 +140,7 @@ def model_sizes(model: str, dtype: torch.dtype, group: RankGroup) -> ModelSizes:
 
 @torch.inference_mode()
 def measure(
-    group: RankGroup, sizes: ModelSizes, settings: CalibrationSettings
+    group: RankGroup, sizes: ModelSizes, memory_bytes: float
 ) -> tuple[list[ExpertTime], list[ExchangeTime], Rates]:
     """Measure on every rank; the slowest rank's figures, the same on all ranks."""
     device, dtype = group.device, sizes.dtype
@@ -138,7 +149,7 @@ def measure(
     times = slowest(group, [*(-time.us for time in experts), *(-time.us for time in exchanges)])
     experts = [replace(time, us=-us) for time, us in zip(experts, times, strict=False)]
     exchanges = [replace(time, us=-us) for time, us in zip(exchanges, times[len(experts) :], strict=True)]
-    found = [copy_bytes_per_s(device), flop_per_s(device, dtype), expert_memory_bytes(group, sizes, settings)]
+    found = [copy_bytes_per_s(device), flop_per_s(device, dtype), memory_bytes]
     return experts, exchanges, Rates(*slowest(group, found))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,12 +15,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from runtime.errors import ModelError
+from runtime.errors import InputError, ModelError, one_line
 from runtime.heartbeat import Heartbeat
 
 MESSAGE_BYTES = 16384  # a step's plan nearly always fits, so one broadcast carries it
 TEXT_BYTES = 2048
 START_UP_TIMEOUT_S = 3600.0  # ranks import and load at different speeds; one that dies is noticed by who started it
+
+
+class FailedElsewhereError(Exception):
+    """What this rank did went well, but another rank failed, and will say why."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +38,32 @@ class RankAddress:
 
     @staticmethod
     def from_environment() -> RankAddress | None:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; None where no RANK is set."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; None where no RANK is set.
+
+        Raises:
+            ModelError: another one is missing, or one is no number.
+        """
         if "RANK" not in os.environ:
             return None
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return RankAddress(
-            rank=rank,
-            world_size=world_size,
-            local_rank=int(os.environ.get("LOCAL_RANK", rank)),
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
-        )
+        try:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            return RankAddress(
+                rank=rank,
+                world_size=world_size,
+                local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+                local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+            )
+        except (KeyError, ValueError) as error:
+            raise ModelError(
+                f"RANK={os.environ['RANK']}: no address among ranks ({one_line(error)}); use torchrun, or unset RANK"
+            ) from error
+
+
+def end_process(rank: int, reason: str) -> None:
+    """End this rank at once: leaving the group in order would wait for other ranks, which may wait for this one."""
+    print(f"error: rank {rank} stopped: {reason}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class RankGroup:
@@ -176,6 +198,22 @@ class RankGroup:
             row[: len(data)] = torch.frombuffer(data, dtype=torch.uint8)
         rows = self.gather_tokens(row)
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave this when all ranks are through: one that failed alone would meet the others in another collective.
+
+        Raises:
+            FailedElsewhereError: on ranks whose own work went well, where another's ended with an error in the input or
+                for want of memory.
+        """
+        try:
+            yield
+        except (InputError, FailedElsewhereError, torch.OutOfMemoryError):
+            self.gather_tokens(torch.tensor([1]))
+            raise
+        if self.gather_tokens(torch.tensor([0])).any():
+            raise FailedElsewhereError("another rank failed")
 
     def broadcast_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Rank 0's int64 ``[N]`` host tensor on every rank."""

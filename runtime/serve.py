@@ -7,9 +7,11 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from placement.plan import PlacementPlan
+from runtime.distributed import end_process
 from runtime.engine import Engine
 from runtime.errors import first_line
 from runtime.recording import check_output, start_recording
@@ -76,19 +78,12 @@ def follow(plan: PlacementPlan, model: str, settings: EngineSettings) -> int:
     """The life of every rank but 0: load, then execute rank 0's plans."""
     try:
         run = start_run(plan, model, settings)
-        run.worker.watch_steps(settings.rank_timeout_s + FOLLOWER_PATIENCE_S, end_follower)
+        run.worker.watch_steps(settings.rank_timeout_s + FOLLOWER_PATIENCE_S, partial(end_process, run.group.rank))
         run.worker.serve()
     except RuntimeError as error:  # of this rank's own, or what torch.distributed raises when a peer is gone
-        end_follower(first_line(error))
+        end_process(int(os.environ["RANK"]), first_line(error))
     run.close()
     return 0
-
-
-def end_follower(reason: str) -> None:
-    """End this rank at once: leaving the group in order would wait for the lost ranks."""
-    print(f"error: rank {os.environ['RANK']} stopped: {reason}", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def end_recording(run: Run) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from placement.plan import PlacementPlan
 from profiler.fingerprint import model_fingerprint
 from runtime.checkpoint import load_shard
-from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
+from runtime.distributed import FailedElsewhereError, RankAddress, RankGroup, choose_backend, choose_device
 from runtime.engine import Engine
 from runtime.errors import InputError, ModelError, one_line
 from runtime.exchange import EXCHANGES
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -161,8 +163,7 @@ def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
         raise ModelError(
             f"{address.world_size} ranks were started, the plan is for {plan.num_gpus} GPUs: start as many"
         )
-    try:
-        group = join_group(address, settings)
+    with joined_group(ranks, address, settings) as group:
         if address.rank == 0:
             gpus = torch.cuda.device_count()
             if settings.device == "auto" and 0 < gpus < address.local_world_size:
@@ -172,9 +173,20 @@ def start_run(plan: PlacementPlan, model: str, settings: EngineSettings) -> Run:
         worker = load_together(plan, model, settings, group)
         group.end_start_up()
         return Run(plan, model, group, worker, ranks)
-    except BaseException:
+
+
+@contextmanager
+def joined_group(ranks: LocalRanks | None, address: RankAddress, settings: EngineSettings) -> Iterator[RankGroup]:
+    """Meet the other ranks; on an error those of this process are ended first, so that their end is no news to it."""
+    group = None
+    try:
+        group = join_group(address, settings)
+        yield group
+    except BaseException as error:
         if ranks is not None:
             ranks.kill()
+        if group is not None and isinstance(error, (InputError, SystemExit)):  # else a GPU may wait for lost ranks
+            group.close()
         raise
 
 
@@ -187,25 +199,31 @@ def join_group(address: RankAddress, settings: EngineSettings) -> RankGroup:
 
 
 def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> Worker:
-    """Load every rank's shard; where any rank fails, all stop, and rank 0 alone says why.
+    """Load every rank's shard; see `on_all_ranks`."""
+    return on_all_ranks(group, model, lambda: load_worker(plan, model, settings, group))
+
+
+def on_all_ranks(group: RankGroup, model: str, work: Callable[[], T]) -> T:
+    """This rank's result of work that may fail; where any rank fails, all stop, and rank 0 alone says why.
 
     Raises:
         ModelError: on rank 0, what the first rank that failed has found.
         SystemExit: on the other ranks.
     """
-    worker, found = None, ""
+    result, found = None, ""
     try:
-        worker = load_worker(plan, model, settings, group)
+        result = work()
     except InputError as error:
         found = str(error)
+    except FailedElsewhereError:
+        pass  # that rank tells
     except torch.OutOfMemoryError:
         remedy = "plan for more GPUs or fewer slots, or lower cache_tokens"
         found = f"model {model}: this rank's part does not fit into {group.device}; {remedy}"
     errors = group.gather_text(found)
     failed = [rank for rank, text in enumerate(errors) if text]
-    if worker is not None and not failed:
-        return worker
-    group.close()
+    if result is not None and not failed:
+        return result
     if group.rank != 0:
         raise SystemExit(2)
     where = "" if len(failed) == len(errors) else f"rank {failed[0]}: "
@@ -215,7 +233,8 @@ def load_together(plan: PlacementPlan, model: str, settings: EngineSettings, gro
 def load_worker(plan: PlacementPlan, model: str, settings: EngineSettings, group: RankGroup) -> Worker:
     """Load this rank's shard of the model, on the native path or the universal one, and put it to work in the group."""
     exchange = settings.exchange or plan.workload.exchange
-    shape = choose_native(model, settings, group, exchange)
+    with group.together():
+        shape = choose_native(model, settings, group, exchange)
     if shape is not None:
         return load_native(plan, model, shape, settings, group)
     load: Any = random_shard if settings.weights == "random" else load_shard

@@ -170,6 +170,8 @@ def collect(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Send what this rank computed of other ranks' rows home, and finish its own rows as `reduce_combine` does.
 
+    Between two calls with one mailbox every rank must hear from every other, as for `dispatch`.
+
     Args:
         pairs: outputs of the pairs of all ranks' rows that this rank served ``[G·T·K, D]``.
         routes: slots on this rank and weights of all ranks' rows ``[G·T, K]``.

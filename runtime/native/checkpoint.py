@@ -77,11 +77,7 @@ def _copy_parts(file: Path, parts: Sequence[Part]) -> None:
     device = parts[0].destination.device
     with safe_open(file, framework="pt") as tensors, _stage(device) as staging:
         for part in parts:
-            row = part.row  # either way only the mapped file is touched, and only where it is copied from
-            if part.piece is not None:
-                source = _read_piece(tensors.get_slice(part.name), part)
-            else:
-                source = tensors.get_tensor(part.name) if row is None else tensors.get_slice(part.name)[row]
+            source = _read(tensors, part)
             if staging is None or (part.arrange is None and source.dtype == part.destination.dtype):
                 _place(part, source, staging)
                 continue
@@ -107,24 +103,42 @@ def _place(part: Part, source: torch.Tensor, staging: Staging | None) -> None:
     if part.arrange is not None:
         source = part.arrange(source)
     if source.shape != part.destination.shape:
-        found, expected = list(source.shape), list(part.destination.shape)
-        raise ModelError(f"{part.name}: shape {found}, expected {expected}; config.json is of another model")
+        raise _other_shape(part, list(source.shape), list(part.destination.shape))
     if staging is None:
         part.destination.copy_(source)
     else:
         staging.copy(source, part.destination)
 
 
-def _read_piece(tensor: Any, part: Part) -> torch.Tensor:
-    """The part's piece of a mapped tensor; all of it where it has another size than expected."""
-    piece = part.piece
-    assert piece is not None
-    if tensor.get_shape()[piece.dimension] != piece.total:
-        whole: torch.Tensor = tensor[:]
-        return whole
-    entries = slice(piece.start, piece.start + part.destination.shape[piece.dimension])
-    read: torch.Tensor = tensor[entries] if piece.dimension == 0 else tensor[:, entries]
-    return read
+def _read(tensors: Any, part: Part) -> torch.Tensor:
+    """What a part takes of an open file, of which nothing else is touched.
+
+    Raises:
+        ModelError: the file's tensor has no such row, or another size than the piece is of.
+    """
+    row, piece = part.row, part.piece
+    source: torch.Tensor
+    if piece is not None:
+        tensor, expected = tensors.get_slice(part.name), list(part.destination.shape)
+        size = expected[piece.dimension]
+        expected[piece.dimension] = piece.total
+        if tensor.get_shape() != expected:  # it may well have the shape of the piece
+            raise _other_shape(part, tensor.get_shape(), expected)
+        entries = slice(piece.start, piece.start + size)
+        source = tensor[entries] if piece.dimension == 0 else tensor[:, entries]
+    elif row is not None:
+        tensor, dimensions = tensors.get_slice(part.name), part.destination.ndim
+        found = tensor.get_shape()
+        if len(found) != dimensions + 1 or found[0] <= row:
+            raise _other_shape(part, found, f"{dimensions} dimensions for each of {row + 1} or more experts")
+        source = tensor[row]
+    else:
+        source = tensors.get_tensor(part.name)
+    return source
+
+
+def _other_shape(part: Part, found: list[int], expected: object) -> ModelError:
+    return ModelError(f"{part.name}: shape {found}, expected {expected}; config.json is of another model")
 
 
 def fill_with_random(parts: Sequence[Part], seed: int = 0) -> None:

@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from placement.plan import PlacementPlan
-from runtime.distributed import RankGroup
+from runtime.distributed import RankGroup, end_process
 from runtime.errors import ModelError, one_line
 from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
@@ -135,19 +136,21 @@ def load_native(
         dtype = getattr(config, "dtype", None) or torch.bfloat16
     ranks = Ranks.meet(shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
     slots = local_slots(plan, group.rank)
-    decoder, fill = make_decoder(model, config, shape, slots, dtype, device, settings, ranks=ranks)
-    if ranks is not None:
-        ranks.place(decoder.weights, plan)
-    native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
+    # Ranks go on together: on GPUs a step of one that goes on alone would wait for the others' rows without end.
+    with group.together():
+        decoder, fill = make_decoder(model, config, shape, slots, dtype, device, settings, ranks=ranks)
+        if ranks is not None:
+            ranks.place(decoder.weights, plan)
+        native = NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, device.type == "cuda")
     capture = capture and device.type == "cuda"
-    with ThreadPoolExecutor(1) as pool:
+    with group.together(), ThreadPoolExecutor(1) as pool:
         filling = pool.submit(fill)
         if capture:  # compiling takes processors, reading takes the disk; captures bear no other work on the GPU
-            native.compile_steps()
+            _take_steps(native.compile_steps, group)
         filling.result()
     filled_s = time.perf_counter()
     if capture:
-        native.capture()
+        _take_steps(native.capture, group)
     logger.info(
         "weights in %.1f s, graphs in %.1f s; the cache holds %d tokens, at most %d for one sequence",
         filled_s - start_s,
@@ -168,6 +171,16 @@ def load_native(
         expert_bytes=reads.expert_bytes or None,
     )
     return NativeWorker(native, facts, group)
+
+
+def _take_steps(steps: Callable[[], None], group: RankGroup) -> None:
+    """Run steps that all ranks take; a rank that cannot ends, since the others' GPUs wait for its rows without end."""
+    try:
+        steps()
+    except torch.OutOfMemoryError as error:
+        if group.world_size == 1:
+            raise
+        end_process(group.rank, f"no memory for the steps' graphs ({one_line(error)[:200]}); lower cache_tokens")
 
 
 def make_decoder(
@@ -196,11 +209,12 @@ def make_decoder(
     """
     if ranks is not None:
         shape = ranks.share.shape_of(shape)
-    weights, parts = allocate(shape, slots, dtype, device)
+    with nullcontext() if ranks is None else ranks.group.together():
+        weights, parts = allocate(shape, slots, dtype, device)
+        free_bytes = 0 if settings.cache_tokens else _free_bytes(shape, settings, dtype, device)
+        tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, free_bytes)
     if ranks is not None:
         parts = [ranks.share.part_of(part) for part in parts]
-    tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, _free_bytes(shape, settings, dtype, device))
-    if ranks is not None:
         tokens = ranks.least(tokens)
     try:
         kind = PagedCache if shape.latent is None else LatentCache

@@ -165,3 +165,14 @@ def test_local_ranks_are_watched_and_killed(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(process.returncode is not None for process in ranks._processes.values())
     with pytest.raises(queue.Empty):
         deaths.get(timeout=0.5)
+
+
+@pytest.mark.parametrize("size", [None, "two"])
+def test_half_an_address(size: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    if size is None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ModelError, match="no address among ranks"):
+        RankAddress.from_environment()

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from profiler.seam import find_moe_layers
 from runtime.batch import CausalModel
+from runtime.distributed import FailedElsewhereError
 from runtime.engine import Engine
 from runtime.errors import ModelError
 from runtime.experts import expert_parameter_names
@@ -185,3 +186,13 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     group: Any = SimpleNamespace(rank=0, device="cuda:0", gather_text=lambda text: [text], close=lambda: None)
     with pytest.raises(ModelError, match=r"does not fit into cuda:0; plan for more GPUs or fewer slots"):
         load_together(None, "big", EngineSettings(), group)  # type: ignore[arg-type]
+
+
+def test_the_rank_that_failed_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_worker(*_: Any) -> None:
+        raise FailedElsewhereError
+
+    monkeypatch.setattr("runtime.start.load_worker", load_worker)
+    group: Any = SimpleNamespace(rank=0, gather_text=lambda text: [text, "lacks a tensor"], close=lambda: None)
+    with pytest.raises(ModelError, match="rank 1: lacks a tensor"):
+        load_together(None, "any", EngineSettings(), group)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import functools
 import threading
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoConfig
@@ -61,6 +62,34 @@ class NativeJob:
         fill()
         ranks.place(decoder.weights, plan)
         return NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, self.graphs)
+
+
+@dataclass(frozen=True)
+class FailingJob:
+    """A model that some rank cannot load; the result is the error that loading ends with on each.
+
+    Attributes:
+        model: directory.
+        plan: as `PlacementPlan.to_dict` gives it.
+        free_bytes: of every rank's memory, for the cache.
+    """
+
+    model: str
+    plan: dict[str, Any]
+    free_bytes: tuple[int, ...]
+
+    def run(self, group: Any) -> tuple[str, str]:
+        """Type and text of the error, both empty where there was none."""
+        from runtime.native import loading
+
+        settings = EngineSettings(max_sequences=2, max_prefill_tokens=24, path="native")
+        shape = read_shape(AutoConfig.from_pretrained(self.model))
+        with mock.patch.object(loading, "_free_bytes", return_value=self.free_bytes[group.rank]):
+            try:
+                loading.load_native(PlacementPlan.from_dict(self.plan), self.model, shape, settings, group)
+            except Exception as error:  # noqa: BLE001 - told by its type
+                return type(error).__name__, str(error)
+        return "", ""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,12 @@ def test_cluster_file(saved_model: Callable[[str], str], tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(("model=no/such/model", "-o", "x.yaml"), "no/such/model"), (("-o", "x.yaml"), "model is not set")],
+    [
+        (("model=no/such/model", "-o", "x.yaml"), "no/such/model"),
+        (("model=no/such/model", "gpus=2", "-o", "x.yaml"), "no/such/model"),
+        (("model=examples/demo-moe", "gpus=2", f"kv_reserve_bytes={10**15}", "-o", "x.yaml"), "lower the reserve"),
+        (("-o", "x.yaml"), "model is not set"),
+    ],
 )
 def test_bad_input(arguments: tuple[str, ...], named: str) -> None:
     result = calibrate(*arguments)

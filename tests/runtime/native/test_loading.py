@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from runtime.errors import ModelError
+from runtime.native import loading
 from runtime.native.cache import PAGE_SIZE
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
 from runtime.native.families import read_shape
+from runtime.native.heads import HeadShare
 from runtime.native.loading import cache_tokens, prefill_bytes, step_reads
 from runtime.native.weights import DecoderWeights, Part, allocate
 from runtime.settings import EngineSettings
@@ -97,6 +100,33 @@ def test_broken_checkpoints(change: Callable[[dict[str, Any]], Any], reason: str
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "cut"),
+    [
+        ("qwen3_moe", "self_attn.q_proj.weight", lambda whole: whole[: len(whole) // 2]),
+        ("qwen3_moe", "self_attn.o_proj.weight", lambda whole: whole[:, : whole.shape[1] // 2]),
+        ("qwen3_moe", "self_attn.o_proj.weight", lambda whole: whole[0]),
+        ("gpt_oss", "mlp.experts.down_proj", lambda whole: whole[:4]),
+        ("gpt_oss", "mlp.experts.gate_up_proj", lambda whole: whole[..., None]),
+    ],
+)
+def test_shapes_of_another_model(
+    family: str, name: str, cut: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    """Also half a tensor where a rank takes half of the heads, whose shape would fit."""
+    tiny_model(family).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = f"model.layers.1.{name}"
+    tensors[name] = cut(tensors[name]).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    shape = read_shape(AutoConfig.from_pretrained(tmp_path))
+    share = HeadShare.choose(shape, 1, 2)
+    held = dict.fromkeys(range(shape.num_layers), range(shape.num_experts))
+    _, parts = allocate(share.shape_of(shape), held, torch.float32, CPU)
+    with pytest.raises(ModelError, match=f"{name}: shape .* expected .* of another model"):
+        fill_from_checkpoint(str(tmp_path), [share.part_of(part) for part in parts])
+
+
 def test_truncated_files(tmp_path: Path) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -149,3 +179,20 @@ def test_bytes_of_a_step(family: str, cached: int, saved_model: Callable[[str], 
     weights = sum(t.nbytes for name, t in tensors.items() if t.ndim == 2 and "embed" not in name)
     assert reads.total(8, 0, 0) == weights
     assert reads.total(0, 3, 10) - reads.total(0, 0, 10) == 3 * 10 * 3 * cached * 4
+
+
+def test_a_rank_that_cannot_take_its_steps_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It must not wait for the others: their GPUs wait for its rows."""
+
+    def steps() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    loading._take_steps(steps, cast(Any, SimpleNamespace(rank=1, world_size=2)))
+    assert ended == [1]
+    assert "error: rank 1 stopped: no memory for the steps' graphs" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        loading._take_steps(steps, cast(Any, SimpleNamespace(rank=0, world_size=1)))

@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from runtime.native.families import DecoderShape, read_shape
 from runtime.native.heads import HeadShare
 from runtime.native.weights import allocate
 from tests.support.native import Recording, drive, native_model
-from tests.support.native_ranks import NativeJob, ServingJob
+from tests.support.native_ranks import FailingJob, NativeJob, ServingJob
 from tests.support.plans import make_plan
 from tests.support.rank_pool import RankPool
+from tests.support.tiny_models import tiny_model
 
 GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
 ROOT = Path(__file__).resolve().parents[3]
@@ -74,6 +76,34 @@ def test_an_engine_serves_on_ranks_and_sees_the_load_of_all(
     fed = sum(len(prompt) + NEW_TOKENS - 1 for prompt in PROMPTS)
     assert [sum(map(sum, layer)) for layer in pairs] == [fed * plan.top_k] * plan.num_layers
     assert [[len(gpu) for gpu in layer] for layer in pairs] == [[len(gpu) for gpu in layer] for layer in plan.slots]
+
+
+ROOM = 1 << 24
+
+
+def test_a_rank_without_memory_stops_all(
+    rank_pool: Callable[[int], RankPool], saved_model: Callable[[str], str]
+) -> None:
+    path = saved_model("qwen3_moe")
+    plan = make_plan(path, "contiguous", 2).to_dict()
+    pool = rank_pool(2)
+    fine, failed = pool.run(FailingJob(path, plan, (ROOM, 100)))
+    assert fine[0] == "FailedElsewhereError"
+    assert failed[0] == "ModelError"
+    assert "0 MiB are left" in failed[1]
+    assert pool.run(FailingJob(path, plan, (ROOM, ROOM))) == [("", "")] * 2
+
+
+def test_a_rank_without_its_experts_stops_all(rank_pool: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """The other rank must not go on: on GPUs it would capture steps, and wait in them without end."""
+    tiny_model("qwen3_moe").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    plan = make_plan(str(tmp_path), "contiguous", 2).to_dict()
+    fine, failed = rank_pool(2).run(FailingJob(str(tmp_path), plan, (ROOM, ROOM)))
+    assert fine[0] == "FailedElsewhereError"
+    assert "lacks model.layers.1.mlp.experts.7.up_proj.weight" in failed[1]
 
 
 @pytest.mark.parametrize(("family", "world", "ranks"), [
