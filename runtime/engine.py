@@ -85,6 +85,12 @@ class Engine:
                 f"prompt of {len(prompt)} tokens and max_tokens {sampling.max_tokens}: expected at least one prompt "
                 f"token and at most {self.max_context} in all; shorten the prompt or ask for fewer"
             )
+        vocabulary = self._worker.facts.vocabulary
+        unknown = next((token for token in prompt if not 0 <= token < vocabulary), None)
+        if unknown is not None:  # a tokenizer may have more tokens than its model
+            raise InputError(
+                f"token id {unknown}: expected 0 to {vocabulary - 1}, as many as the model has; leave it out"
+            )
         with self._changed:
             if self._failure is not None or self._stopping:
                 raise EngineError(self._failure or "the engine is shutting down")

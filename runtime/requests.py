@@ -195,8 +195,8 @@ class EngineStatus:
         cache_usage: share of the cache that running requests hold, from 0 to 1; 0 where it grows as needed.
         cache_tokens: tokens that the cache has room for; 0 where it grows as needed.
         preemptions: times that a request lost its part of the cache and had to wait again.
-        prefix_hit_tokens: tokens of admitted requests that the cache held already.
         prompt_tokens: of all admitted requests.
+        prefix_hit_tokens: how many of these the cache held already.
         generated_tokens: of all requests.
         decode_steps: steps that decoded any request.
         step_times: of the last of these steps, the newest last.
@@ -209,8 +209,8 @@ class EngineStatus:
     cache_usage: float = 0.0
     cache_tokens: int = 0
     preemptions: int = 0
-    prefix_hit_tokens: int = 0
     prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
     generated_tokens: int = 0
     decode_steps: int = 0
     step_times: tuple[StepTime, ...] = ()
@@ -236,6 +236,7 @@ class EngineProtocol(Protocol):
         Waiting requests of several users are admitted in turn.
 
         Raises:
+            InputError: the prompt is empty or too long, or the model does not have one of its tokens.
             QueueFull: as many requests wait as may.
             EngineError: the engine is down.
         """

@@ -49,12 +49,11 @@ class History:
         """How often each token is in the prompt and was generated, int32 ``[2, V]`` beside the logits ``like_V``."""
         if self._counts_2V is None:
             prompt_tokens = len(self._tokens) - self.num_generated
-            self._counts_2V = torch.stack(
-                [
-                    torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=len(like_V))[: len(like_V)]
-                    for tokens in (self._tokens[:prompt_tokens], self._tokens[prompt_tokens:])
-                ]
-            ).to(like_V.device, torch.int32)
+            counts = [
+                torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=len(like_V))[: len(like_V)]
+                for tokens in (self._tokens[:prompt_tokens], self._tokens[prompt_tokens:])
+            ]
+            self._counts_2V = _upload(torch.stack(counts), torch.int32, like_V)
             self._tokens = ()
         return self._counts_2V
 
@@ -232,7 +231,7 @@ def _numbers(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return _upload(values, torch.float32, like)
 
 
-def _upload(values: Sequence[Any], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+def _upload(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
     """Numbers beside another tensor, without waiting for what its device is doing."""
-    source = torch.tensor(values, dtype=dtype)
+    source = torch.as_tensor(values, dtype=dtype)
     return source.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else source

@@ -33,7 +33,7 @@ class Scheduler:
         num_decoding: requests that the step planned last decodes.
         preemptions: requests that lost their pages and wait again, ever.
         prompt_tokens: of all requests that were ever admitted.
-        prefix_hit_tokens: tokens of admitted sequences that the cache held already, ever.
+        prefix_hit_tokens: how many of these the cache held already.
     """
 
     def __init__(self, worker: Worker, settings: EngineSettings) -> None:
@@ -160,7 +160,7 @@ class Scheduler:
                     break
             else:
                 grow.append(self._take_page(request))
-        return [(number, page) for number, page in grow if number in self.running]
+        return grow  # whoever had to go is younger than all of these
 
     def _take_page(self, request: Request) -> tuple[int, int]:
         (page,) = self._pools[request.home].take(1)
@@ -256,9 +256,9 @@ class Scheduler:
         generated = request.num_generated
         if not request.preempted:
             self.prompt_tokens += request.num_prompt
+            self.prefix_hit_tokens += cached
             request.cached = cached
-        self.prefix_hit_tokens += cached
-        self.waiting.remove(request)
+        self.waiting.take(request)
         request.fed, request.to_feed = cached, len(request.tokens)
         self.running[request.number] = request
         tokens, pages = list(request.tokens), list(request.pages)

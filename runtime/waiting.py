@@ -105,14 +105,21 @@ class WaitingRequests:
         bisect.insort(self._preempted, request, key=lambda other: other.number)
         self._count += 1
 
+    def take(self, request: Request) -> None:
+        """Take a request out because its turn has come; its user's next one comes after all others'."""
+        is_turn = not request.preempted
+        self.remove(request)
+        if is_turn and request.user in self._of_user:
+            self._of_user[request.user] = self._of_user.pop(request.user)
+
     def remove(self, request: Request) -> None:
-        """Take a request out; its user's next turn comes after all others'."""
+        """Forget a request; its user keeps the turn."""
         self._count -= 1
         if request.preempted:
             self._preempted.remove(request)
             request.preempted = False
             return
-        queue = self._of_user.pop(request.user)
+        queue = self._of_user[request.user]
         queue.remove(request)
-        if queue:
-            self._of_user[request.user] = queue
+        if not queue:
+            del self._of_user[request.user]

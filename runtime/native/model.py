@@ -103,9 +103,15 @@ class NativeModel:
             self._sequences[number].pages.append(page)
         if grow and self._filled is not None:
             width = self._filled.page_table.shape[1]
-            row_of = {number: row for row, number in enumerate(self._sequences)}
+            rows_of = {number: [row] for row, number in enumerate(self._sequences)}
+            rows_of[next(iter(rows_of))] += range(len(rows_of), len(self._filled.tokens))  # padding repeats the first
             # A row that outgrows its table is laid out again, in a wider one.
-            new = [(row_of[n], column, page) for (n, page), column in zip(grow, columns, strict=True) if column < width]
+            new = [
+                (row, column, page)
+                for (number, page), column in zip(grow, columns, strict=True)
+                if column < width
+                for row in rows_of[number]
+            ]
             if new:
                 self._filled.set_pages(*zip(*new, strict=True))
 

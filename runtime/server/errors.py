@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from profiler.errors import InputError
 from runtime.requests import EngineError, QueueFull
 
 INVALID_REQUEST = "invalid_request_error"
@@ -81,6 +82,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(EngineError, _answer_engine_error)
+    app.add_exception_handler(InputError, _answer_input_error)
     app.add_exception_handler(Exception, _answer_unexpected_error)
 
 
@@ -106,6 +108,10 @@ async def _answer_engine_error(_request: Request, error: Exception) -> Response:
         headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
         return error_response(ApiError(429, str(error), code="queue_full", headers=headers))
     return error_response(ApiError(503, f"the engine is down: {error}", code="engine_down"))
+
+
+async def _answer_input_error(_request: Request, error: Exception) -> Response:
+    return error_response(bad_request(str(error)))
 
 
 async def _answer_unexpected_error(request: Request, error: Exception) -> Response:

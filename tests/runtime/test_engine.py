@@ -223,6 +223,17 @@ def test_context(make: Make, prompt: list[int], tokens: int) -> None:
     submit(engine, [5] * 99, max_tokens=1)
 
 
+@pytest.mark.parametrize("token", [-1, 1000])
+def test_tokens_that_the_model_does_not_have_are_refused_before_they_end_a_step(make: Make, token: int) -> None:
+    worker = FakeWorker()
+    worker.facts.vocabulary = 1000
+    engine = make(worker)
+    engine.start()
+    with pytest.raises(InputError, match=f"token id {token}: expected 0 to 999"):
+        submit(engine, [5, token, 6])
+    assert submit(engine, [0, 999], max_tokens=1).wait() == [TokenEvent(10, "length")]
+
+
 def test_a_failed_step_ends_all_requests_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.engine.CAUSE_S", 0.05)
     worker = FakeWorker()

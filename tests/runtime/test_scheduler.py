@@ -67,6 +67,13 @@ def test_the_youngest_makes_room_and_goes_on_where_it_was() -> None:
         assert generated == [stream(admission.sequence, step) for step in range(admission.generated)]
 
 
+def test_no_more_hits_than_tokens_looked_up_even_after_preemptions() -> None:
+    played, _ = play([Arrival(0, prompt(8, n), 10) for n in range(2)], pages=8)
+    again = [a for plan in played.plans for a in plan.admit if a.generated]
+    assert any(admission.cached for admission in again), "it finds its own pages again"
+    assert played.status.prefix_hit_tokens == 0, "nobody's prompt begins like another's"
+
+
 def test_nobody_new_goes_before_a_preempted_one() -> None:
     schedule = [Arrival(0, prompt(4, n), 30) for n in range(2)] + [Arrival(0, prompt(2, 3), 2)]
     played, _ = play(schedule, pages=10, max_sequences=2, prefix_cache=False)
@@ -121,13 +128,26 @@ def test_turns_of_waiting_requests() -> None:
     for each in requests:
         waiting.add(each)
     assert [each.number for each in waiting] == [0, 3, 5, 1, 4, 2]
-    waiting.remove(requests[0])
+    waiting.take(requests[0])
     assert [each.number for each in waiting] == [3, 5, 1, 4, 2]
-    waiting.remove(requests[3])
+    waiting.take(requests[3])
     for number in (8, 7):
         waiting.put_back(request(number, "b"))
     assert [each.number for each in waiting] == [7, 8, 5, 1, 4, 2]
     assert len(waiting) == 6
+
+
+def test_one_that_is_cancelled_while_it_waits_does_not_cost_its_user_the_turn() -> None:
+    waiting = WaitingRequests()
+    requests = [Request(n, [1], 1, SamplingParameters(), lambda event: None, u) for n, u in enumerate("aab")]
+    for each in requests:
+        waiting.add(each)
+    waiting.remove(requests[0])
+    assert [each.number for each in waiting] == [1, 2]
+    for each in requests[1:]:
+        waiting.remove(each)
+    assert len(waiting) == 0
+    assert list(waiting) == []
 
 
 def test_prompts_that_begin_alike_share_pages() -> None:

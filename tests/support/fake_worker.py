@@ -36,7 +36,7 @@ class FakeWorker:
     ) -> None:
         self.group = SimpleNamespace(world_size=world_size, broadcast_json=self._broadcast)
         self.model = SimpleNamespace(can_merge=can_merge, can_pad=can_pad)
-        self.facts = SimpleNamespace(cache=cache)
+        self.facts = SimpleNamespace(cache=cache, vocabulary=1 << 30)
         self.everyone_holds_all, self.overlaps = everyone, overlaps
         self.recording = None
         self.logprobs: dict[int, TokenLogprobs] = {}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.native.model import bucket_of
 from runtime.native.prefill import plan_passes
-from runtime.step_plan import Piece
-from tests.support.native import drive, native_model
+from runtime.step_plan import Piece, StepPlan
+from tests.support.native import PAGE_SIZE, admission, drive, native_model, prefill
 
 
 @settings(deadline=None, derandomize=True)
@@ -36,6 +38,18 @@ def test_buckets_hold_their_sequences_without_much_padding(sequences: int) -> No
     assert sequences <= rows <= max(sequences + 7, sequences * 3 // 2)
     assert bucket_of(rows, 1024) == rows
     assert bucket_of(sequences, sequences) == sequences
+
+
+def test_padding_repeats_the_first_row_when_that_gets_another_page(saved_model: Callable[[str], str]) -> None:
+    model = native_model(saved_model("qwen3_moe"))
+    prompts = [[5 + number] * (PAGE_SIZE - 2 + number) for number in range(3)]
+    admissions = [admission(number, prompt, 8) for number, prompt in enumerate(prompts)]
+    prefill(model, [replace(each, pages=each.pages[:1]) for each in admissions])
+    for number in (2, 1, 0):
+        model.launch(StepPlan(grow=[(number, admissions[number].pages[1])]))()
+        assert model._filled is not None
+        for rows in (model._filled.page_table, model._filled.tokens, model._filled.positions):
+            torch.testing.assert_close(rows[3], rows[0])
 
 
 def test_compiling_before_the_weights_are_read_leaves_nothing(saved_model: Callable[[str], str]) -> None:

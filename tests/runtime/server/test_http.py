@@ -241,6 +241,16 @@ def test_queue_is_full_between_the_choices(server: Any, monkeypatch: pytest.Monk
     assert server.engine.cancelled == [0]
 
 
+def test_what_the_engine_refuses_is_the_requests_fault(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> int:
+        raise InputError("token id 402: expected 0 to 399")
+
+    monkeypatch.setattr(server.engine, "submit", refuse)
+    response = server.post(PATH, prompt="a")
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "token id 402: expected 0 to 399"
+
+
 def test_a_body_that_does_not_come() -> None:
     sent: list[Message] = []
 
