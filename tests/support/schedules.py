@@ -71,12 +71,15 @@ class Play:
         self._submit(max(1, sum(arrival.step == 0 for arrival in schedule)))
         self.engine.start()
         done = self._done.wait(WAIT_S)
-        while done and self.engine._scheduler.must_tell:  # else the worker would still hold what has ended
+        while (
+            done and self.engine.status().ready and self.engine._scheduler.must_tell
+        ):  # else the worker would still hold what has ended
             time.sleep(0.001)
         self.status = self.engine.status()
         self.engine.shutdown()
         worker.launch = launch
         assert done, f"no end: {self.status}, {self.events}"
+        assert self.status.failure is None, self.status.failure
 
     def _before_step(self) -> None:
         due = sum(arrival.step <= len(self.plans) for arrival in self._schedule)
@@ -96,7 +99,7 @@ class Play:
                 self.engine.cancel(number)
             if event.finish_reason is not None:
                 self._ended += 1
-                if self._ended == len(self._schedule):
+                if self._ended == len(self._schedule) or event.finish_reason == "error":
                     self._done.set()
                 elif self._ended == self._submitted:
                     self._submit(1)
