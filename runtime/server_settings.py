@@ -11,7 +11,7 @@ from runtime.errors import InputError
 from runtime.settings import Settings
 
 API_KEY_VARIABLE = "EXPERTPLAN_API_KEY"
-SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(:\d{1,5})?", re.ASCII | re.IGNORECASE)
+SERVER_URL = re.compile(r"https?://([\w.-]+|\[[\da-f:.]+\])(?::(\d{1,5}))?", re.ASCII | re.IGNORECASE)
 MAX_DRAIN_S = 25  # whoever stops a server by SIGTERM usually kills it after 30 s
 
 
@@ -57,9 +57,12 @@ class ServerSettings(Settings):
         if self.served_model_name is not None and not isinstance(self.served_model_name, str):
             raise InputError(f"served_model_name={self.served_model_name}: expected text")
         key = self.api_key
-        if key is not None and not (isinstance(key, str) and key and key.isascii() and key.isprintable()):
+        if key is not None and not (
+            isinstance(key, str) and key and key.isascii() and key.isprintable() and key == key.strip()
+        ):
             # Without the value, which may be nearly right.
-            raise InputError(f"api_key or {API_KEY_VARIABLE}: expected printable ASCII text, not empty")
+            expected = "printable ASCII text, not empty, without spaces around it"
+            raise InputError(f"api_key or {API_KEY_VARIABLE}: expected {expected}")
         for origin in self.cors_origins:
             if not isinstance(origin, str):
                 raise InputError(f"cors_origins has {origin}: expected text such as https://example.org")
@@ -69,7 +72,8 @@ class ServerSettings(Settings):
         if self.log_format not in ("text", "json"):
             raise InputError(f"log_format={self.log_format}: expected text or json")
         url = self.compare_url
-        if url is not None and not (isinstance(url, str) and SERVER_URL.fullmatch(url)):
+        match = SERVER_URL.fullmatch(url) if isinstance(url, str) else None
+        if url is not None and (match is None or int(match[2] or 1) not in range(1, 65536)):
             raise InputError(
                 f"compare_url={url}: expected http://HOST:PORT of a second server, without /v1 or a / after it"
             )

@@ -83,7 +83,10 @@ class NativeWorker(Worker):
         mine = torch.stack([load.pairs, load.active])  # [2, L, 1, P]
         mine = torch.nn.functional.pad(mine, (0, missing))
         pairs, active = self.group.gather_tokens(mine.flatten()).view(-1, *mine.shape)[:, :, :, 0].permute(1, 2, 0, 3)
-        return Load(pairs, active, load.steps)
+        # Of every row in every MoE layer, what a ring moves to sum the ranks' parts.
+        shape, rows = self.model.decoder.shape, int(pairs.sum()) // self.model.decoder.shape.top_k
+        sent = 2 * (self.group.world_size - 1) * rows * shape.width * self.facts.dtype.itemsize
+        return Load(pairs, active, load.steps, sent)
 
     def serve(self) -> None:
         """Follow rank 0; see `Worker.serve`. The next step is begun before the last one's tokens are waited for."""

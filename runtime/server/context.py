@@ -148,7 +148,8 @@ class ServerContext:
         """Raise ApiError 400 for a token id that the model does not have."""
         for token_id in token_ids:
             if not 0 <= token_id < self._vocabulary_size:
-                raise bad_request(f"{param}: token id {token_id} is not within 0..{self._vocabulary_size - 1}", param)
+                most = self._vocabulary_size - 1
+                raise bad_request(f"{param}: token id {quote(token_id)} is not within 0..{most}", param)
 
     def generate(
         self,

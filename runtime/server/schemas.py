@@ -16,7 +16,8 @@ MAX_STOP_TOKENS = 128
 MAX_BIASED_TOKENS = 300
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-TokenId = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+TokenId = Annotated[int, Field(ge=0, lt=2**63)]
 NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Prompt = str | list[int]
 
@@ -100,7 +101,7 @@ class GenerationRequest(Schema):
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -120,12 +121,12 @@ class GenerationRequest(Schema):
     ] = None
     user: str | None = None
     # What follows is not OpenAI's; names and meanings are those of other servers.
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: (
         Annotated[float, Field(ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1], allow_inf_nan=False)] | None
     ) = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
 
@@ -140,7 +141,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[str | list[int] | list[str | list[int]], BeforeValidator(_check_prompt)]
     logprobs: NumLogprobs | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: Count | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -166,7 +167,7 @@ class ChatCompletionRequest(GenerationRequest):
     """The body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
 

@@ -12,12 +12,18 @@ END_S = 30
 
 
 class Stream(threading.Thread):
-    """Reads a stream to its end, whatever that is."""
+    """Reads a stream to its end, whatever that is.
+
+    Attributes:
+        begun: the server has accepted the request.
+        flowing: a first event has come.
+    """
 
     def __init__(self, url: str, body: dict[str, Any]) -> None:
         super().__init__(daemon=True)
         self.url, self.body = url, body
         self.begun = threading.Event()
+        self.flowing = threading.Event()
         self.events: list[dict[str, Any]] = []
         self.complete = False
         self.start()
@@ -30,6 +36,7 @@ class Stream(threading.Thread):
                 self.complete = line == "data: [DONE]" or self.complete
                 if line.startswith("data: {"):
                     self.events.append(json.loads(line.removeprefix("data: ")))
+                    self.flowing.set()
 
     def end(self) -> str:
         """ "complete", or the error that the last event tells."""

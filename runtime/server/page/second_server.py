@@ -41,7 +41,9 @@ def second_server_router(url: str | None, track: Callable[[Forwarded], None]) ->
             if url is None:
                 text = "this server knows no second one; start it with compare_url=http://HOST:PORT"
                 raise ApiError(404, text, code="no_second_server")
-            headers = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
+            # As bytes, since HTTP allows more than ASCII; the first of each, which is the one that this server judged.
+            given = [name for name in REQUEST_HEADERS if name in request.headers]
+            headers = {name.encode(): request.headers[name].encode("latin-1") for name in given}
             body = await request.body()
             forwarded = Forwarded(httpx.Request(request.method, f"{url}/{path}", headers=headers, content=body))
             track(forwarded)

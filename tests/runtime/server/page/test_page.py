@@ -82,6 +82,12 @@ def test_second_server_gets_the_request_and_its_answer_comes_back(site: Scripted
     assert placement["strategy"] == "contiguous"
 
 
+@pytest.mark.parametrize("name", ["Accept", "Content-Type"])
+def test_header_beyond_ascii_reaches_the_second_server(site: ScriptedSite, name: str) -> None:
+    answer = httpx.get(f"{site.url}/compare/v1/models", headers={name: "text/é".encode("latin-1")})
+    assert answer.status_code == 200
+
+
 def test_api_key_guards_the_second_server_and_not_the_page(second: ScriptedSite) -> None:
     app = create_app(ScriptedEngine(), byte_level_tokenizer(), "demo", 0, api_key="secret", compare_url=second.url)
     client = TestClient(app)
