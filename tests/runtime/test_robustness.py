@@ -61,7 +61,7 @@ def serving(folder: Path, gpus: int, *settings: str) -> Iterator[ServeProcess]:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServeProcess]:
-    with serving(folder, 1, "drain_timeout_s=4", "log_format=json", "max_waiting=40") as server:
+    with serving(folder, 1, "drain_timeout_s=2", "log_format=json", "max_waiting=40") as server:
         server.wait_ready()
         yield server
 
@@ -255,7 +255,7 @@ def end_under_load(server: ServeProcess, act: Callable[[], None], first: dict[st
     url = server.wait_ready()
     streams = [Stream(url, first)]
     assert streams[0].flowing.wait(20)  # it has a place
-    streams += [Stream(url, LONG) for _ in range(3 * PLACES - 1)]
+    streams += [Stream(url, LONG | {"n": 3}) for _ in range(3 * PLACES - 1)]  # more than any drain can wait for
     assert all(stream.begun.wait(20) for stream in streams)
     act()
     start_s = time.monotonic()
@@ -285,6 +285,7 @@ def test_sigterm_under_load(server: ServeProcess) -> None:
     ends = end_under_load(server, lambda: server.process.send_signal(signal.SIGTERM), short)
     assert ends[0] == "complete"
     assert set(ends[1:]) <= {"complete", "the generation failed: the server is stopping"}
+    assert ends[-1] != "complete"
     assert server.process.returncode == 0
     lines = [json.loads(line) for line in server.log.splitlines()]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
