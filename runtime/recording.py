@@ -49,12 +49,16 @@ class Fed:
 
 @dataclass
 class _Open:
-    """A recorded request that still runs; parallel lists, one entry per pass that is known."""
+    """A recorded request that still runs; parallel lists, one entry per pass that is known.
+
+    Routes are kept as bytes: small ones come from Python's own memory. Arrays of them, allocated between the tensors
+    of a forward pass and kept for long, would leave gaps in which no later tensor fits.
+    """
 
     next_start: int = 0  # of the next pass
     next_kept: int = 0  # positions before it are known
-    experts: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
+    experts: list[bytes] = field(default_factory=list)  # [tokens, L, K] each
+    spans: list[tuple[int, int]] = field(default_factory=list)  # positions, from and to
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class RouteRecording:
         self._dtype = np.uint8 if num_experts <= 256 else np.uint16
         self._open: dict[int, _Open | None] = {}  # None: not recorded
         self._passes: deque[_Pass] = deque()
+        self._shape: tuple[int, ...] = ()  # L, K
         self._lock = threading.Lock()  # a lost rank ends requests from another thread than the engine's
 
     def keep(self, fed: Sequence[Fed], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
@@ -124,8 +129,9 @@ class RouteRecording:
                 if request is not None:
                     again = min(tokens.count, max(0, request.next_kept - start))  # preempted, and fed once more
                     stop = start + tokens.count
-                    request.experts.append(experts_RLK[place + again : place + tokens.count])
-                    request.positions.append(np.arange(start + again, stop))
+                    request.experts.append(experts_RLK[place + again : place + tokens.count].tobytes())
+                    request.spans.append((start + again, stop))
+                    self._shape = experts_RLK.shape[1:]
                     request.next_kept = max(request.next_kept, stop)
                 place += tokens.count
 
@@ -140,9 +146,10 @@ class RouteRecording:
         with self._lock:
             self._take_known()
             request = self._open.pop(sequence, None)
-        if request is None or not request.positions:
+        if request is None or not request.spans:
             return
-        position, experts = np.concatenate(request.positions), np.concatenate(request.experts)
+        position = np.concatenate([np.arange(*span) for span in request.spans])
+        experts = np.frombuffer(b"".join(request.experts), self._dtype).reshape(-1, *self._shape)
         fed = position < len(tokens) - (num_generated > 0)
         position, experts = position[fed], experts[fed]
         if len(position):
