@@ -130,12 +130,17 @@ class DispatchLoad:
         layers, tokens, _ = slots.shape
         row_bytes, sum_bytes = self._context.row_bytes, 4 * self._context.row_values
         if self._exchange == "allreduce":
-            return 2 * (self._num_gpus - 1) * layers * tokens * sum_bytes
+            return ring_bytes(self._num_gpus, layers * tokens, sum_bytes)
         counts = torch.tensor(self._context.tokens_per_rank, device=slots.device)
         home = torch.repeat_interleave(torch.arange(self._num_gpus, device=slots.device), counts)  # [T]
         served = slots // self._widest
         visited = torch.stack([(served == gpu).any(dim=2) & (home != gpu) for gpu in range(self._num_gpus)])
         return visited.sum() * (row_bytes + sum_bytes)
+
+
+def ring_bytes(num_gpus: int, rows: int, row_bytes: int) -> int:
+    """Bytes that all GPUs together send to sum their parts of so many rows round a ring."""
+    return 2 * (num_gpus - 1) * rows * row_bytes
 
 
 class _WatchedRule(DispatchRule):

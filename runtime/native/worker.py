@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from runtime.distributed import RankGroup
-from runtime.load import Load
+from runtime.load import Load, ring_bytes
 from runtime.native.model import NativeModel
 from runtime.recording import RouteRecording
 from runtime.requests import TokenLogprobs
@@ -83,9 +83,9 @@ class NativeWorker(Worker):
         mine = torch.stack([load.pairs, load.active])  # [2, L, 1, P]
         mine = torch.nn.functional.pad(mine, (0, missing))
         pairs, active = self.group.gather_tokens(mine.flatten()).view(-1, *mine.shape)[:, :, :, 0].permute(1, 2, 0, 3)
-        # Of every row in every MoE layer, what a ring moves to sum the ranks' parts.
-        shape, rows = self.model.decoder.shape, int(pairs.sum()) // self.model.decoder.shape.top_k
-        sent = 2 * (self.group.world_size - 1) * rows * shape.width * self.facts.dtype.itemsize
+        shape = self.model.decoder.shape
+        rows = int(pairs.sum()) // shape.top_k  # of all MoE layers
+        sent = ring_bytes(self.group.world_size, rows, shape.width * self.facts.dtype.itemsize)
         return Load(pairs, active, load.steps, sent)
 
     def serve(self) -> None:

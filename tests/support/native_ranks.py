@@ -94,7 +94,7 @@ class FailingJob:
 
 @dataclass(frozen=True)
 class ServingJob:
-    """The engine on rank 0, the other ranks following it; the result on rank 0 is tokens and slot loads.
+    """The engine on rank 0, the other ranks following it; the result on rank 0 is tokens, slot loads and bytes sent.
 
     Attributes:
         model: directory.
@@ -108,8 +108,8 @@ class ServingJob:
     prompts: list[list[int]]
     new_tokens: int
 
-    def run(self, group: Any) -> tuple[list[list[int]], list[list[list[int]]]] | None:
-        """Tokens per prompt, and pairs per MoE layer, GPU and slot; None on ranks that follow."""
+    def run(self, group: Any) -> tuple[list[list[int]], list[list[list[int]]], int] | None:
+        """Tokens per prompt, pairs per MoE layer, GPU and slot, and exchanged bytes; None on ranks that follow."""
         from runtime.engine import Engine
         from runtime.load import slots_as_lists
         from runtime.native.loading import load_native
@@ -141,4 +141,4 @@ class ServingJob:
         engine.shutdown()
         total = engine.meter.read().total
         assert total is not None
-        return tokens, slots_as_lists(total.pairs, plan.slots)
+        return tokens, slots_as_lists(total.pairs, plan.slots), total.exchanged_bytes

@@ -71,11 +71,13 @@ def test_an_engine_serves_on_ranks_and_sees_the_load_of_all(
     path = saved_model("qwen3_moe")
     plan = make_plan(path, "uneven", 2)  # rank 1 has no slots
     served, _ = rank_pool(2).run(ServingJob(path, plan.to_dict(), PROMPTS, NEW_TOKENS))
-    tokens, pairs = served
+    tokens, pairs, exchanged = served
     assert tokens == [alone(path).tokens[number] for number in range(len(PROMPTS))]
     fed = sum(len(prompt) + NEW_TOKENS - 1 for prompt in PROMPTS)
     assert [sum(map(sum, layer)) for layer in pairs] == [fed * plan.top_k] * plan.num_layers
     assert [[len(gpu) for gpu in layer] for layer in pairs] == [[len(gpu) for gpu in layer] for layer in plan.slots]
+    row_bytes = 4 * AutoConfig.from_pretrained(path).hidden_size  # float32
+    assert exchanged == 2 * plan.num_layers * fed * row_bytes
 
 
 ROOM = 1 << 24
