@@ -123,6 +123,7 @@ class RouteRecording:
         while self._passes and self._passes[0].is_known():
             known = self._passes.popleft()
             experts_RLK = known.experts_LRK.numpy().swapaxes(0, 1).astype(self._dtype)
+            self._shape = experts_RLK.shape[1:]
             place = 0
             for tokens, start in known.fed:
                 request = self._open.get(tokens.sequence)
@@ -131,7 +132,6 @@ class RouteRecording:
                     stop = start + tokens.count
                     request.experts.append(experts_RLK[place + again : place + tokens.count].tobytes())
                     request.spans.append((start + again, stop))
-                    self._shape = experts_RLK.shape[1:]
                     request.next_kept = max(request.next_kept, stop)
                 place += tokens.count
 

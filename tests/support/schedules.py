@@ -71,9 +71,8 @@ class Play:
         self._submit(max(1, sum(arrival.step == 0 for arrival in schedule)))
         self.engine.start()
         done = self._done.wait(WAIT_S)
-        while (
-            done and self.engine.status().ready and self.engine._scheduler.must_tell
-        ):  # else the worker would still hold what has ended
+        # Else the worker would still hold what has ended.
+        while done and self.engine.status().ready and self.engine._scheduler.must_tell:
             time.sleep(0.001)
         self.status = self.engine.status()
         self.engine.shutdown()
