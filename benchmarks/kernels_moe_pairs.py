@@ -41,8 +41,8 @@ def measure(experts: Experts, tokens: int, op: str, rate: float) -> list[dict[st
     shape = experts.shape
     steps = [Step.make(experts, tokens, seed) for seed in range(STEPS)]
     active = sum(step.active() for step in steps) / STEPS
-    columns = shape.inner if op == "gate_up" else shape.width
-    tiles = choose_tiles(tokens * shape.top_k, shape.experts, columns, op == "gate_up", 2)
+    columns, depth = (shape.inner, shape.width) if op == "gate_up" else (shape.width, shape.inner)
+    tiles = choose_tiles(tokens * shape.top_k, shape.experts, columns, depth, op == "gate_up", 2)
     rows = []
     ways: tuple[Tiles | Lines, ...] = (tiles, *LINES)
     for way in ways:

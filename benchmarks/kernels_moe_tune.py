@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True)
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--batches", default=",".join(map(str, BATCHES)))
+    parser.add_argument("--shapes", default=",".join(shape.name for shape in SHAPES))
     flags = parser.parse_args()
+    shapes = [shape for shape in SHAPES if shape.name in flags.shapes.split(",")]
     batches = tuple(int(size) for size in flags.batches.split(","))
     every = {
         (t, op): [c for rows in ROWS[t] for c in candidates(rows, op == "gate_up", t)]
@@ -90,7 +92,7 @@ def main() -> None:
         for op in ("gate_up", "down")
     }
     work = []
-    for shape in SHAPES:
+    for shape in shapes:
         for op in ("gate_up", "down"):
             unique = list({(*c[:5], c.bulk): c for t in batches for c in every[t, op]}.values())
             work += [(shape, op, unique[i::6]) for i in range(6)]
@@ -101,7 +103,7 @@ def main() -> None:
     print(torch.cuda.get_device_name(), f"read {rates[0] / 1e6:.2f} TB/s, matmul {rates[1] / 1e6:.0f} TFLOP/s")
     described = provenance.describe_run(("torch", "triton")) | {"device": f"1x {torch.cuda.get_device_name()}"}
     rows: list[dict[str, Any]] = []
-    for shape in SHAPES:
+    for shape in shapes:
         experts = Experts(shape)
         for tokens in batches:
             steps = [Step.make(experts, tokens, seed) for seed in range(STEPS)]

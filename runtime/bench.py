@@ -22,7 +22,7 @@ from runtime.requests import SamplingParameters
 from runtime.settings import EngineSettings
 from runtime.start import Run, load_plan, start_run
 from runtime.step_plan import Admission, StepPlan
-from runtime.worker_interface import ModelFacts
+from runtime.worker_interface import ModelFacts, Tokens
 
 COPY_BYTES = 1 << 28  # several times what a GPU's cache holds
 PREFILL_TOKENS = 8192  # fed in one step
@@ -92,19 +92,26 @@ def time_batch(
     """Time decode steps of one batch size; every rank calls this with the same arguments.
 
     Returns:
-        A flat row. A step lasts from its plan until all ranks know the new tokens.
+        A flat row. A step lasts from the one before to its own tokens: as in the engine, it is begun before the one
+        before has ended, where the worker can.
     """
     worker = run.worker
     start_sequences(run, benchmark, batch)
     routes = _replay(run, source, benchmark, batch)
-    times = []
-    for step in range(benchmark.warmup_steps + benchmark.steps):
-        start_s = time.perf_counter()
+    ended_s = [time.perf_counter()]
+    before: Tokens | None = None
+    for _ in range(benchmark.warmup_steps + benchmark.steps):
         if run.group.world_size > 1:
             run.group.broadcast_json(StepPlan().to_json())  # as the engine does
-        worker.execute(StepPlan())
-        if step >= benchmark.warmup_steps:
-            times.append(time.perf_counter() - start_s)
+        tokens = worker.launch(StepPlan())
+        if before is not None:
+            before()
+            ended_s.append(time.perf_counter())
+        before = tokens
+    if before is not None:
+        before()
+    ended_s.append(time.perf_counter())
+    times = [end - start for start, end in itertools.pairwise(ended_s[benchmark.warmup_steps :])]
     worker.execute(StepPlan(retire=list(range(batch))))
     worker.replay(None)
     median = statistics.median(times)

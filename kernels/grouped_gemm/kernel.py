@@ -168,7 +168,9 @@ def gate_up_triton(
     tiles = tiles or choose_lines(len(permutation.order), len(weight), weight.shape[2], gated=True)
     if isinstance(tiles, Lines):
         return pair_product(x, weight, bias, permutation, top_k, activation, tiles)
-    tiles = tiles or choose_tiles(len(permutation.order), len(weight), weight.shape[1] // 2, True, x.element_size())
+    tiles = tiles or choose_tiles(
+        len(permutation.order), len(weight), weight.shape[1] // 2, weight.shape[2], True, x.element_size()
+    )
     return _product(x, weight, bias, permutation, top_k, activation, tiles)
 
 
@@ -183,5 +185,7 @@ def down_triton(
     tiles = tiles or choose_lines(len(hidden), len(weight), weight.shape[2], gated=False)
     if isinstance(tiles, Lines):
         return pair_product(hidden, weight, bias, permutation, 1, "none", tiles)
-    tiles = tiles or choose_tiles(len(hidden), len(weight), weight.shape[1], False, hidden.element_size())
+    tiles = tiles or choose_tiles(
+        len(hidden), len(weight), weight.shape[1], weight.shape[2], False, hidden.element_size()
+    )
     return _product(hidden, weight, bias, permutation, 1, "none", tiles)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FEW_PROGRAMS = 2 * 132  # two for each of Hopper's multiprocessors
+SHALLOW = 2048  # reduction, of a model's width or less
 DEEPEST = 8192  # reduction of lines; tiles read longer ones as fast
 
 
@@ -69,8 +70,8 @@ def choose_lines(num_pairs: int, num_slots: int, depth: int, gated: bool) -> Lin
     return Lines(columns=4, depth=1024, warps=4)
 
 
-def choose_tiles(num_pairs: int, num_slots: int, columns: int, gated: bool, item_bytes: int) -> Tiles:
-    """Tiles of one product, as they were fastest on an H100 (`benchmarks/kernels_moe_tune.py`).
+def choose_tiles(num_pairs: int, num_slots: int, columns: int, depth: int, gated: bool, item_bytes: int) -> Tiles:
+    """Tiles of one product, as they were fastest on an H100 or, for short reductions, an H200 (`kernels_moe_tune.py`).
 
     A slot's rows beyond one row tile re-read its weights, out of L2 while other tiles of the slot run: up to 16 rows
     per slot on average this is cheaper than wider tiles that are mostly empty.
@@ -79,32 +80,39 @@ def choose_tiles(num_pairs: int, num_slots: int, columns: int, gated: bool, item
         num_pairs: T·K.
         num_slots: P; the routes are expected to fall on them evenly.
         columns: of the output; the gate's alone where gated.
+        depth: of the reduction.
         gated: whether each column has a second row of weights.
         item_bytes: of one element.
     """
     if item_bytes == 4:  # for tests alone
         return Tiles(rows=16, columns=32, depth=32, warps=4, stages=2)
-    return _gated(num_pairs, num_slots, columns) if gated else _plain(num_pairs, num_slots, columns)
+    return _gated(num_pairs, num_slots, columns, depth) if gated else _plain(num_pairs, num_slots, columns, depth)
 
 
-def _gated(num_pairs: int, num_slots: int, columns: int) -> Tiles:
+def _gated(num_pairs: int, num_slots: int, columns: int, depth: int) -> Tiles:
     rows_per_slot = num_pairs / num_slots
     if rows_per_slot <= 16:
         if min(num_pairs, num_slots) * columns <= 64 * FEW_PROGRAMS:
             return Tiles(rows=16, columns=64, depth=128, warps=4, stages=3)
+        if depth <= SHALLOW:
+            return Tiles(rows=16, columns=128, depth=128, warps=8, stages=2)
         return Tiles(rows=16, columns=32, depth=128, warps=4, stages=5)
     if rows_per_slot <= 32:
+        if depth <= SHALLOW:
+            return Tiles(rows=32, columns=128, depth=128, warps=8, stages=2)
         return Tiles(rows=32, columns=64, depth=128, warps=4, stages=3)
     if rows_per_slot <= 80:
         return Tiles(rows=64, columns=128, depth=64, warps=8, stages=4)
     return Tiles(rows=128, columns=128, depth=64, warps=8, stages=4, group=8, bulk=True)
 
 
-def _plain(num_pairs: int, num_slots: int, columns: int) -> Tiles:
+def _plain(num_pairs: int, num_slots: int, columns: int, depth: int) -> Tiles:
     rows_per_slot = num_pairs / num_slots
     if rows_per_slot <= 12:
         if min(num_pairs, num_slots) * columns <= 128 * FEW_PROGRAMS:
             return Tiles(rows=16, columns=128, depth=128, warps=8, stages=4)
+        if depth <= SHALLOW:
+            return Tiles(rows=16, columns=128, depth=128, warps=4, stages=3)
         return Tiles(rows=16, columns=64, depth=256, warps=4, stages=3)
     if rows_per_slot <= 24:
         return Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)

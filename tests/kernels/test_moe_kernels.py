@@ -141,7 +141,7 @@ def test_products_compile_for_hopper() -> None:
         from tests.support.triton_compile import compile_for_sm90
 
         def build(dtype, item_bytes, num_pairs, activation, bias):
-            tiles = choose_tiles(num_pairs, 32, 2880, activation != "none", item_bytes)
+            tiles = choose_tiles(num_pairs, 32, 2880, 2880, activation != "none", item_bytes)
             constants = {"TOP_K": 4, "ACTIVATION": activation, "EVEN": 2880 % tiles.depth == 0, "BLOCK_P": 32}
             constants["BULK"] = tiles.bulk
             constants |= {"ROWS": tiles.rows, "COLUMNS": tiles.columns, "DEPTH": tiles.depth, "OVERLAP": True}
