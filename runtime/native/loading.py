@@ -17,6 +17,7 @@ from runtime.errors import ModelError, one_line
 from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
+from runtime.native.exchange_modes import MODES, meet
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
 from runtime.native.forward import Decoder
 from runtime.native.mla import LatentCache
@@ -82,8 +83,8 @@ def _say(group: RankGroup, choice: str) -> None:
 def _native_shape(model: str, settings: EngineSettings, group: RankGroup, exchange: str) -> DecoderShape:
     config = load_config(model)
     shape = read_shape(config)
-    if group.world_size > 1 and exchange != "allreduce":
-        raise NotNativeError(f"exchange {exchange} of {group.world_size} ranks; the native path has allreduce")
+    if group.world_size > 1 and exchange not in MODES:
+        raise NotNativeError(f"exchange {exchange} of {group.world_size} ranks; the native path has {', '.join(MODES)}")
     if settings.dtype == "float16" and group.device.type == "cpu":
         raise NotNativeError("dtype=float16 on a CPU; the native path has float32 and bfloat16 there")
     if group.device.type == "cuda":
@@ -134,7 +135,8 @@ def load_native(
     dtype = settings.torch_dtype(device)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    ranks = Ranks.meet(shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
+    exchange = settings.exchange or plan.workload.exchange
+    ranks = meet(exchange, shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
     slots = local_slots(plan, group.rank)
     # Ranks go on together: on GPUs a step of one that goes on alone would wait for the others' rows without end.
     with group.together():

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig
 
 from placement.plan import PlacementPlan
+from runtime.native.exchange_modes import meet
 from runtime.native.families import read_shape
 from runtime.native.loading import make_decoder
 from runtime.native.model import NativeModel
-from runtime.native.ranks import Ranks
 from runtime.settings import EngineSettings
 from runtime.worker import local_slots
 from tests.support.native import PAGE_SIZE, Recording, drive
@@ -56,7 +56,7 @@ class NativeJob:
         shape = read_shape(config)
         chosen = {"cache_tokens": 2048, "max_sequences": 8, "max_prefill_tokens": 24} | self.settings
         settings = EngineSettings(**chosen)
-        ranks = Ranks.meet(shape, group, dtype, settings.max_sequences)
+        ranks = meet(settings.exchange or "allreduce", shape, group, dtype, settings.max_sequences)
         slots = local_slots(plan, group.rank)
         decoder, fill = make_decoder(self.model, config, shape, slots, dtype, group.device, settings, PAGE_SIZE, ranks)
         fill()
