@@ -43,12 +43,12 @@ def test_three_ranks_two_ways_in_interpreter() -> None:
 def test_compiles_for_hopper() -> None:
     in_compiler(
         """
-        from kernels.exchange import kernel
+        from kernels.exchange import alltoall, kernel
         from tests.support.triton_compile import compile_for_sm90
 
         scalars = dict.fromkeys("num_rows most_rows stride width rank".split(), "i32") | {"eps": "fp32"}
         types = scalars | dict.fromkeys("box peers sums sum_peers".split(), "*i64") | {"weights": "*fp32"}
-        types |= {"norm_weight": "*bf16"}
+        types |= {"norm_weight": "*bf16"} | dict.fromkeys("received places gpu_of_expert".split(), "*i64")
 
         def build(which, left_out=(), **constants):
             constants |= {"GPUS": 8, "BLOCK": 1024, "OVERLAP": True} | dict.fromkeys(left_out)
@@ -60,8 +60,10 @@ def test_compiles_for_hopper() -> None:
         assert "ld.volatile.global" in built.asm["ptx"], "a row is read again until it is there"
         build(kernel.reduce_kernel, ("slots", "weights", "shared"), TOP_K=0, KIND="fp16")
         build(kernel.gather_kernel)
-        build(kernel.dispatch_kernel, TOP_K=8)
-        build(kernel.collect_kernel, TOP_K=4, KIND="bf16")
+        build(alltoall.gather_routes_kernel, TOP_K=8)
+        build(alltoall.gather_routes_kernel, ("slots", "gpus", "slot_of_expert", "gpu_of_expert"), TOP_K=4)
+        build(alltoall.dispatch_kernel, TOP_K=8)
+        build(alltoall.collect_kernel, TOP_K=4, KIND="bf16")
         """
     )
 
