@@ -12,10 +12,11 @@ from runtime.native.families import DecoderShape
 from runtime.native.heads import HeadShare
 from runtime.native.ranks import MOST_ROWS, Ranks, open_together
 from runtime.native.ranks_allreduce import AllReduceRanks
+from runtime.native.ranks_alltoall import AllToAllRanks
 
 logger = logging.getLogger(__name__)
 
-MODES: dict[str, type[Ranks]] = {mode.exchange: mode for mode in (AllReduceRanks,)}
+MODES: dict[str, type[Ranks]] = {mode.exchange: mode for mode in (AllReduceRanks, AllToAllRanks)}
 
 
 def meet(exchange: str, shape: DecoderShape, group: RankGroup, dtype: torch.dtype, max_rows: int) -> Ranks:
@@ -34,7 +35,8 @@ def meet(exchange: str, shape: DecoderShape, group: RankGroup, dtype: torch.dtyp
     way = f"{mode.moved} over {group.backend}"
     if group.backend == "nccl" and group.one_host:
         rows = min(max_rows, MOST_ROWS)
-        mailboxes, problem = open_together(group, mode.num_mailboxes, rows, shape.width * dtype.itemsize)
+        row_bytes = max(shape.width * dtype.itemsize, 8 * shape.top_k)  # the second of routes
+        mailboxes, problem = open_together(group, mode.num_mailboxes, rows, row_bytes)
         if mailboxes:
             way = f"up to {rows} rows: {mode.moved} through the GPUs' memory, more over {group.backend}"
         else:

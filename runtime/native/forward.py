@@ -29,6 +29,8 @@ from runtime.native.weights import DecoderWeights
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 # layer, the router's choice and the pairs of every slot -> what is used instead
 ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
+# layer, the experts that the router chose for this rank's rows, int32 [T, K] -> what is used instead
+ReplaceIds = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Decoder:
         rotary: float32 ``[positions, 2, r/2]`` for r rotated entries of a head.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
+        replace_ids: the same where ranks have rows of their own; called with every MoE layer's number and experts.
         ranks: that the layers are shared with; None where this one has all.
         load: counts the pairs of every slot, where that is wanted.
         kept_routes: where it is a list, every MoE layer adds the routes of the pass's tokens.
@@ -52,6 +55,7 @@ class Decoder:
     cache: PagedCache | LatentCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
+    replace_ids: ReplaceIds | None = None
     ranks: Ranks | None = None
     load: SlotCounter | None = None
     kept_routes: list[Routes] | None = None

@@ -213,7 +213,7 @@ def make_decoder(
         shape = ranks.share.shape_of(shape)
     with nullcontext() if ranks is None else ranks.group.together():
         weights, parts = allocate(shape, slots, dtype, device)
-        free_bytes = 0 if settings.cache_tokens else _free_bytes(shape, settings, dtype, device)
+        free_bytes = 0 if settings.cache_tokens else _free_bytes(shape, settings, dtype, device, ranks)
         tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, free_bytes)
     if ranks is not None:
         parts = [ranks.share.part_of(part) for part in parts]
@@ -270,21 +270,26 @@ def cache_tokens(shape: DecoderShape, settings: EngineSettings, dtype: torch.dty
     return tokens
 
 
-def prefill_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype) -> int:
+def prefill_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, ranks: Ranks | None = None) -> int:
     """Activations of the largest prefill pass: of its tokens in one layer, and of its attention."""
     dense_width = max(shape.shared_width, 0 if all(shape.moe_layers) else shape.dense_width)
     per_token = 2 * shape.qkv_width + 6 * shape.width + 3 * dense_width
-    per_token += shape.top_k * (shape.expert_width + shape.width)
+    of_experts = shape.top_k * (shape.expert_width + shape.width)
+    if ranks is not None and ranks.splits_rows:  # all tokens may be one rank's, and the others then have as many rows
+        of_experts = ranks.group.world_size * (of_experts + 4 * shape.width)
+    per_token += of_experts
     return (settings.max_prefill_tokens * per_token + COPIES_OF_KEYS * EXPANDED) * dtype.itemsize
 
 
-def _free_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> int:
+def _free_bytes(
+    shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, device: torch.device, ranks: Ranks | None
+) -> int:
     """What keys and values may take."""
     if device.type != "cuda":
         return CPU_CACHE_BYTES
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # what loading has left
-    free = torch.cuda.mem_get_info(device)[0] - GRAPH_BYTES - prefill_bytes(shape, settings, dtype)
+    free = torch.cuda.mem_get_info(device)[0] - GRAPH_BYTES - prefill_bytes(shape, settings, dtype, ranks)
     return int(free * CACHE_SHARE)
 
 

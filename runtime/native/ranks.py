@@ -1,6 +1,6 @@
 """Several ranks behind one decoder: what the exchange modes share, and where they differ.
 
-Shape legend: T tokens, E logical experts, K choices per token, D model width, N rows that the products run over.
+Shape legend: T rows of this rank, E logical experts, K choices per row, D model width, G ranks, N rows to serve from.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from kernels.exchange import Mailbox, open_mailbox
+from kernels.exchange import Mailbox, gather, open_mailbox
 from kernels.level_dispatch import MOST_GPUS, DispatchTable
 from kernels.rms_norm import add_rms_norm
 from placement.plan import PlacementPlan
@@ -138,13 +138,20 @@ class Ranks(ABC):
             eps: added to the mean square.
         """
 
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Every rank's rows of whole 32-bit words ``[T, N]``, as many on each, on every rank ``[G, T, N]``."""
+        if self.fits(len(rows)) and rows[0].nbytes <= self.mailboxes[0].row_bytes:
+            return gather(rows.contiguous(), self.mailboxes[0])
+        return self.group.all_gather(rows)
+
     @abstractmethod
-    def sent_bytes(self, rows: int, row_bytes: int) -> int:
-        """Bytes that all ranks sent of hidden states; every rank calls this, and what was counted starts anew.
+    def sent_bytes(self, rows: int, row_bytes: int, top_k: int) -> int:
+        """Bytes that all ranks have sent in MoE layers; every rank calls this, and what was counted starts anew.
 
         Args:
-            rows: tokens of all sequences, summed over MoE layers, that were fed since the last call.
+            rows: tokens of all sequences that were fed since the last call, added up over MoE layers.
             row_bytes: of a hidden state.
+            top_k: choices per token.
         """
 
 

@@ -59,6 +59,6 @@ class AllReduceRanks(Ranks):
             return self.group.all_reduce(part)
         return sum_parts(self.group.all_gather(part)).to(part.dtype)
 
-    def sent_bytes(self, rows: int, row_bytes: int) -> int:
+    def sent_bytes(self, rows: int, row_bytes: int, top_k: int) -> int:
         """As a ring sends them; see `Ranks.sent_bytes`."""
         return ring_bytes(self.group.world_size, rows, row_bytes)

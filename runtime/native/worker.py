@@ -86,7 +86,7 @@ class NativeWorker(Worker):
         shape = self.model.decoder.shape
         rows = int(pairs.sum()) // shape.top_k  # of all MoE layers
         assert self.model.decoder.ranks is not None
-        sent = self.model.decoder.ranks.sent_bytes(rows, shape.width * self.facts.dtype.itemsize)
+        sent = self.model.decoder.ranks.sent_bytes(rows, shape.width * self.facts.dtype.itemsize, shape.top_k)
         return Load(pairs, active, load.steps, sent)
 
     def serve(self) -> None:
