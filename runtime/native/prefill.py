@@ -105,7 +105,7 @@ def without_padding(
     ids, weights = [each.ids for each in routes], [each.weights for each in routes]
     if len(counts) > 1:
         real = torch.cat([torch.arange(count) + rank * num_rows for rank, count in enumerate(counts)])
-        real = real.to(ids[0].device)
+        real = (real.pin_memory() if ids[0].is_cuda else real).to(ids[0].device, non_blocking=True)
         ids, weights = [each[real] for each in ids], [each[real] for each in weights]
     return ids, weights
 
