@@ -178,7 +178,7 @@ class NativeModel:
         step = self._step(num_rows, num_pages, nucleus)
         rows = self._rows[num_rows, num_pages]
         if rows is not self._filled or not running:
-            if self._unknown is not None:
+            if running and self._unknown is not None:
                 self._unknown()
             rows.fill(running)
             self._filled = rows
@@ -225,6 +225,8 @@ class NativeModel:
         for num_rows in self._sizes():
             rows = Rows.empty(num_rows, self._num_pages(1), self.decoder.rotary.device)
             EagerStep(self.decoder, rows, False)()
+        if self._ranks is not None:
+            self._ranks.gather(torch.zeros((1, 1), dtype=torch.int64, device=self.decoder.rotary.device))
 
     def _sizes(self) -> list[int]:
         """Rows of the captured steps, the most first: the smaller ones then fit into their memory."""
