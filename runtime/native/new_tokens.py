@@ -65,8 +65,8 @@ class NewTokens:
         if not any(asking):
             return
         wanted = max(each.sampling.logprobs or 0 for each in self._sequences.values())
-        rows = torch.zeros((max(map(len, asking)), 2 + 2 * min(wanted, vocabulary)), dtype=torch.float64)
-        rows = rows.to(self._device)
+        size = max(map(len, asking)), 2 + 2 * min(wanted, vocabulary)
+        rows = torch.zeros(size, dtype=torch.float64, device=self._device)
         place = 0
         for numbers, found in self._asking:
             rows[place : place + len(numbers), : found.shape[1]] = found
