@@ -245,7 +245,7 @@ def gpu_pool() -> Iterator[RankPool]:
 def test_ten_thousand_steps_with_delays(exchange: str, saved_model: Callable[[str], str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
     command += ["tests.support.native_soak", saved_model("qwen3_moe"), "10000", exchange]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
