@@ -30,7 +30,8 @@ from placement.dispatch import dispatch_tokens
 from placement.plan import PlacementPlan
 from runtime.bench import DecodeBenchmark, describe_machine, time_batch
 from runtime.distributed import RankAddress, RankGroup
-from runtime.native.forward import Decoder, choose_experts, run_experts, shared_expert
+from runtime.native.experts import moe_layer
+from runtime.native.forward import Decoder
 from runtime.native.loading import choose_native, load_native
 from runtime.native.model import NativeModel, bucket_of
 from runtime.native.replayed_routes import ReplayedRoutes
@@ -90,7 +91,9 @@ def time_moe_layers(model: NativeModel, routes: torch.Tensor) -> float:
     decoder = model.decoder
     device, norm = decoder.rotary.device, decoder.weights.norm
     rows = bucket_of(routes.shape[2], model.max_sequences)
-    replayed = ReplayedRoutes(decoder, routes, rows)
+    decoder.replace_routes = replayed = ReplayedRoutes(decoder, routes, rows)
+    load, decoder.load = decoder.load, None
+    places = torch.zeros(rows, dtype=torch.int64, device=device)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(rows, decoder.shape.width, generator=generator).to(device, norm.dtype)
 
@@ -99,12 +102,7 @@ def time_moe_layers(model: NativeModel, routes: torch.Tensor) -> float:
         for number, layer in enumerate(decoder.weights.layers):
             if layer.experts is not None and decoder.ranks is not None:
                 logits = skinny_linear(normed, layer.experts.router, layer.experts.router_bias)
-                chosen = replayed(number, *choose_experts(decoder.shape, layer.experts, logits))
-                pairs = run_experts(decoder.shape, layer.experts, normed, chosen[1])
-                shared = shared_expert(normed, layer)
-                residual, normed = decoder.ranks.finish_experts(
-                    pairs, chosen[0], shared, residual, layer.mlp_norm, decoder.shape.eps
-                )
+                residual, normed = moe_layer(decoder, number, normed, logits, places, residual, layer.mlp_norm)
         return normed
 
     step: Callable[[], object] = run
@@ -124,6 +122,7 @@ def time_moe_layers(model: NativeModel, routes: torch.Tensor) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start_s) * 1e3)
+    decoder.replace_routes, decoder.load = None, load
     return statistics.median(times)
 
 

@@ -149,7 +149,10 @@ class RankGroup:
         """Every rank's tensor (same shape on all) stacked along a new first dimension ``[ranks, …]``."""
         staged = self._host(tensor.contiguous())
         gathered = staged.new_empty((self.world_size, *staged.shape))
-        dist.all_gather(list(gathered), staged)
+        if self.backend == "nccl":  # without copies, so that graphs can capture it
+            dist.all_gather_into_tensor(gathered, staged)
+        else:
+            dist.all_gather(list(gathered), staged)
         return gathered.to(tensor.device)
 
     def all_to_all(self, rows: torch.Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> torch.Tensor:

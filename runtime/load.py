@@ -24,7 +24,7 @@ class Load:
         pairs: token–expert pairs computed, prefill included, int64 ``[L, G, P]``.
         active: decode steps in which a slot had any pair, int64 ``[L, G, P]``.
         steps: decode steps.
-        exchanged_bytes: hidden states sent between ranks, over all ranks.
+        exchanged_bytes: sent between ranks for the experts, over all ranks.
     """
 
     pairs: torch.Tensor

@@ -17,7 +17,16 @@ from kernels.exchange.mailbox import Mailbox, open_mailbox
 from kernels.launch import overlap, power_of_two
 from kernels.route import Routes
 
-__all__ = ["Mailbox", "collect", "dispatch", "gather", "open_mailbox", "reduce_add_norm", "reduce_combine"]
+__all__ = [
+    "Mailbox",
+    "collect",
+    "dispatch",
+    "gather",
+    "gather_routes",
+    "open_mailbox",
+    "reduce_add_norm",
+    "reduce_combine",
+]
 
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PROGRAMS = 128  # at most; they must all run at the same time
@@ -128,6 +137,53 @@ def gather(rows: torch.Tensor, mailbox: Mailbox) -> torch.Tensor:
     return out
 
 
+def gather_routes(
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    places: torch.Tensor,
+    mailbox: Mailbox,
+    slot_of_expert: torch.Tensor | None = None,
+    gpu_of_expert: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Every rank's routes on every rank, and where its experts have one copy each, who serves them.
+
+    Args:
+        ids: logical experts of this rank's rows, int32 ``[T, K]``; T is the same on every rank.
+        weights: float32 ``[T, K]``.
+        places: integer ``[T]``, negative for padding.
+        mailbox: of this rank.
+        slot_of_expert: of this rank, int32 ``[E]``, -1 where it has none.
+        gpu_of_expert: the rank that has it, integer ``[E]``; None looks nothing up.
+
+    Returns:
+        Experts and weights of all rows, slots on this rank and the ranks that serve the pairs (both None where nothing
+        was looked up), ``[G, T, K]``; all but the weights are int32, and -1 in padding.
+    """
+    from kernels.exchange.alltoall import gather_routes_kernel
+
+    size = (mailbox.num_gpus, *ids.shape)
+    all_ids, all_weights = ids.new_empty(size), weights.new_empty(size)
+    slots, gpus = (None, None) if gpu_of_expert is None else (ids.new_empty(size), ids.new_empty(size))
+    if len(ids):
+        gather_routes_kernel[_programs(ids)](
+            ids,
+            _words(weights),
+            places,
+            all_ids,
+            _words(all_weights),
+            slots,
+            gpus,
+            slot_of_expert,
+            gpu_of_expert,
+            mailbox.boxes,
+            mailbox.peers,
+            mailbox.counters,
+            **_sizes(ids, mailbox, 8 * ids.shape[1]),
+            TOP_K=ids.shape[1],
+        )
+    return all_ids, all_weights, slots, gpus
+
+
 def dispatch(rows: torch.Tensor, gpus: torch.Tensor, mailbox: Mailbox) -> torch.Tensor:
     """Send each row once to every rank that serves one of its pairs.
 
@@ -141,7 +197,7 @@ def dispatch(rows: torch.Tensor, gpus: torch.Tensor, mailbox: Mailbox) -> torch.
     Returns:
         All ranks' rows ``[G, T, D]``; undefined where this rank serves none of their pairs.
     """
-    from kernels.exchange.kernel import dispatch_kernel
+    from kernels.exchange.alltoall import dispatch_kernel
 
     out = rows.new_empty((mailbox.num_gpus, *rows.shape))
     if len(rows):
@@ -152,6 +208,7 @@ def dispatch(rows: torch.Tensor, gpus: torch.Tensor, mailbox: Mailbox) -> torch.
             mailbox.boxes,
             mailbox.peers,
             mailbox.counters,
+            mailbox.received,
             **_sizes(rows, mailbox),
             TOP_K=gpus.shape[2],
         )
@@ -185,7 +242,7 @@ def collect(
     Returns:
         The new residual and its norm, of this rank's rows ``[T, D]``.
     """
-    from kernels.exchange.kernel import collect_kernel
+    from kernels.exchange.alltoall import collect_kernel
 
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     if len(residual):
@@ -218,13 +275,13 @@ def _programs(rows: torch.Tensor) -> tuple[int]:
     return (min(len(rows), PROGRAMS),)
 
 
-def _sizes(rows: torch.Tensor, mailbox: Mailbox) -> dict[str, Any]:
-    """What all kernels take alike.
+def _sizes(rows: torch.Tensor, mailbox: Mailbox, row_bytes: int | None = None) -> dict[str, Any]:
+    """What all kernels take alike, for messages of so many bytes (None: of the rows themselves).
 
     Raises:
         OperatorError: the rows do not fit into the mailbox.
     """
-    row_bytes = rows.shape[1] * rows.itemsize
+    row_bytes = rows.shape[1] * rows.itemsize if row_bytes is None else row_bytes
     if len(rows) > mailbox.most_rows or row_bytes > mailbox.row_bytes:
         raise OperatorError(
             f"{len(rows)} rows of {row_bytes} bytes: expected at most {mailbox.most_rows} of {mailbox.row_bytes}; make "

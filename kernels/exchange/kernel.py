@@ -14,15 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.exchange.words import finish_row, load_row, load_scale, pack, push, unpack, wait, weighted_row
+from kernels.exchange.words import finish_row, load_row, load_scale, pack, place_of, push, unpack, wait, weighted_row
 
 FREE = ["num_rows"]
-
-
-@triton.jit
-def _place(epoch, gpu, row, most_rows, stride, GPUS: tl.constexpr):
-    """Of a row's first message in a mailbox ``[2, G, R, stride]``."""
-    return (((epoch & 1) * GPUS + gpu) * most_rows + row) * stride
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -71,7 +65,7 @@ def reduce_kernel(
             low_W, high_W = weighted_row(part, slots, weights, row, width, columns, inside_W, TOP_K, KIND)
         epoch = tl.load(counters + row) + 1
         words_W = pack(low_W, high_W, KIND)
-        place = _place(epoch, rank, row, most_rows, stride, GPUS)
+        place = place_of(epoch, rank, row, most_rows, stride, GPUS)
         if sums is None:
             for gpu in tl.static_range(GPUS):
                 push(peers, gpu, place, columns, inside_W, words_W, epoch)
@@ -82,7 +76,7 @@ def reduce_kernel(
             if row % GPUS == rank:
                 epoch = tl.load(counters + row) + 1
                 low_W, high_W = _summed(box, epoch, row, most_rows, stride, columns, inside_W, GPUS, KIND)
-                place = _place(epoch, 0, row, most_rows, stride, 1)
+                place = place_of(epoch, 0, row, most_rows, stride, 1)
                 for gpu in tl.static_range(GPUS):
                     push(sum_peers, gpu, place, columns, inside_W, pack(low_W, high_W, KIND), epoch)
     for row in range(first, num_rows, step):
@@ -90,7 +84,7 @@ def reduce_kernel(
         if sums is None:
             low_W, high_W = _summed(box, epoch, row, most_rows, stride, columns, inside_W, GPUS, KIND)
         else:
-            place = _place(epoch, 0, row, most_rows, stride, 1)
+            place = place_of(epoch, 0, row, most_rows, stride, 1)
             low_W, high_W = unpack(wait(sums, place, columns, inside_W, epoch), KIND)
         finish_row(
             low_W,
@@ -118,7 +112,7 @@ def _summed(box, epoch, row, most_rows, stride, columns, inside_W, GPUS: tl.cons
     low_W = tl.zeros(columns.shape, tl.float32)
     high_W = tl.zeros(columns.shape, tl.float32)
     for gpu in tl.static_range(GPUS):
-        place = _place(epoch, gpu, row, most_rows, stride, GPUS)
+        place = place_of(epoch, gpu, row, most_rows, stride, GPUS)
         lower_W, upper_W = unpack(wait(box, place, columns, inside_W, epoch), KIND)
         low_W += lower_W
         high_W += upper_W
@@ -151,139 +145,14 @@ def gather_kernel(
     for row in range(first, num_rows, step):
         epoch = tl.load(counters + row) + 1
         words_W = tl.load(rows + row * width + columns, mask=inside_W, other=0)
-        place = _place(epoch, rank, row, most_rows, stride, GPUS)
+        place = place_of(epoch, rank, row, most_rows, stride, GPUS)
         for gpu in tl.static_range(GPUS):
             push(peers, gpu, place, columns, inside_W, words_W, epoch)
     for row in range(first, num_rows, step):
         epoch = tl.load(counters + row) + 1
         for gpu in tl.static_range(GPUS):
-            place = _place(epoch, gpu, row, most_rows, stride, GPUS)
+            place = place_of(epoch, gpu, row, most_rows, stride, GPUS)
             words_W = wait(box, place, columns, inside_W, epoch)
             tl.store(out + (gpu * num_rows + row) * width + columns, words_W, mask=inside_W)
-        tl.debug_barrier()
-        tl.store(counters + row, epoch)
-
-
-@triton.jit
-def _goes_to(gpus, row, gpu, TOP_K: tl.constexpr):
-    """Whether any of a row's pairs is served by a GPU."""
-    found = row * 0
-    for choice in tl.static_range(TOP_K):
-        found += (tl.load(gpus + row * TOP_K + choice) == gpu).to(tl.int32)
-    return found > 0
-
-
-@triton.jit(do_not_specialize=FREE)
-def dispatch_kernel(
-    rows,
-    gpus,
-    out,
-    box,
-    peers,
-    counters,
-    num_rows,
-    most_rows,
-    stride,
-    width,
-    rank,
-    TOP_K: tl.constexpr,
-    GPUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Send this GPU's rows once to every GPU that serves one of their pairs; ``[G, T, W]``, other rows unwritten."""
-    columns = tl.arange(0, BLOCK)
-    inside_W = columns < width
-    first, step = tl.program_id(0), tl.num_programs(0)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for row in range(first, num_rows, step):
-        epoch = tl.load(counters + row) + 1
-        words_W = tl.load(rows + row * width + columns, mask=inside_W, other=0)
-        place = _place(epoch, rank, row, most_rows, stride, GPUS)
-        for gpu in tl.static_range(GPUS):
-            if _goes_to(gpus, rank * num_rows + row, gpu, TOP_K):
-                push(peers, gpu, place, columns, inside_W, words_W, epoch)
-    for row in range(first, num_rows, step):
-        epoch = tl.load(counters + row) + 1
-        for gpu in tl.static_range(GPUS):
-            from_all = gpu * num_rows + row
-            if _goes_to(gpus, from_all, rank, TOP_K):
-                place = _place(epoch, gpu, row, most_rows, stride, GPUS)
-                words_W = wait(box, place, columns, inside_W, epoch)
-                tl.store(out + from_all * width + columns, words_W, mask=inside_W)
-        tl.debug_barrier()
-        tl.store(counters + row, epoch)
-
-
-@triton.jit(do_not_specialize=FREE)
-def collect_kernel(
-    pairs,
-    slots,
-    weights,
-    gpus,
-    shared,
-    residual,
-    norm_weight,
-    total,
-    normed,
-    box,
-    peers,
-    counters,
-    num_rows,
-    most_rows,
-    stride,
-    width,
-    eps,
-    rank,
-    TOP_K: tl.constexpr,
-    GPUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Send what was computed for other GPUs' rows home; sum what comes home in the order of the GPUs, and normalise."""
-    columns = tl.arange(0, BLOCK)
-    inside_W = columns < width
-    scale_low_W, scale_high_W = load_scale(norm_weight, width, columns, inside_W, KIND)
-    first, step = tl.program_id(0), tl.num_programs(0)
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for row in range(first, num_rows, step):
-        epoch = tl.load(counters + row) + 1
-        place = _place(epoch, rank, row, most_rows, stride, GPUS)
-        for gpu in tl.static_range(GPUS):
-            from_all = gpu * num_rows + row
-            if _goes_to(gpus, from_all, rank, TOP_K):
-                low_W, high_W = weighted_row(pairs, slots, weights, from_all, width, columns, inside_W, TOP_K, KIND)
-                push(peers, gpu, place, columns, inside_W, pack(low_W, high_W, KIND), epoch)
-    for row in range(first, num_rows, step):
-        epoch = tl.load(counters + row) + 1
-        low_W = tl.zeros([BLOCK], tl.float32)
-        high_W = tl.zeros([BLOCK], tl.float32)
-        for gpu in tl.static_range(GPUS):
-            if _goes_to(gpus, rank * num_rows + row, gpu, TOP_K):
-                place = _place(epoch, gpu, row, most_rows, stride, GPUS)
-                lower_W, upper_W = unpack(wait(box, place, columns, inside_W, epoch), KIND)
-                low_W += lower_W
-                high_W += upper_W
-        finish_row(
-            low_W,
-            high_W,
-            shared,
-            residual,
-            total,
-            normed,
-            scale_low_W,
-            scale_high_W,
-            row,
-            width,
-            eps,
-            columns,
-            inside_W,
-            KIND,
-        )
         tl.debug_barrier()
         tl.store(counters + row, epoch)

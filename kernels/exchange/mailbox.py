@@ -20,6 +20,7 @@ class Mailbox:
         boxes: messages by parity of the epoch, sender and row, int64 ``[2, G, R, W]``.
         peers: address of every GPU's ``boxes``, int64 ``[G]``.
         counters: exchanges that each row took part in, int32 ``[R]``.
+        received: how often each row came by `dispatch` from another GPU, int64 ``[R]``.
         sums: messages of summed rows by parity and row, int64 ``[2, R, W]``.
         sum_peers: address of every GPU's ``sums``, int64 ``[G]``.
     """
@@ -28,6 +29,7 @@ class Mailbox:
     boxes: torch.Tensor
     peers: torch.Tensor
     counters: torch.Tensor
+    received: torch.Tensor
     sums: torch.Tensor
     sum_peers: torch.Tensor
 
@@ -64,6 +66,7 @@ class Mailbox:
             boxes=memory[:held].view(2, gpus, most_rows, words),
             peers=peers.to(memory.device),
             counters=torch.zeros(most_rows, dtype=torch.int32, device=memory.device),
+            received=torch.zeros(most_rows, dtype=torch.int64, device=memory.device),
             sums=memory[held:].view(2, most_rows, words),
             sum_peers=(peers + held * memory.itemsize).to(memory.device),
         )

@@ -41,6 +41,12 @@ def pack(low_W, high_W, KIND: tl.constexpr):
 
 
 @triton.jit
+def place_of(epoch, gpu, row, most_rows, stride, GPUS: tl.constexpr):
+    """Of a row's first message in a mailbox ``[2, G, R, stride]``, with R most rows."""
+    return (((epoch & 1) * GPUS + gpu) * most_rows + row) * stride
+
+
+@triton.jit
 def push(peers, gpu, place, columns, inside_W, words_W, epoch):
     """Write a row into a GPU's mailbox.
 

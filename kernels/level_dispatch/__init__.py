@@ -15,10 +15,19 @@ from kernels.level_dispatch.reference import (
     pairs_at_home,
     split_pairs,
 )
-from kernels.level_dispatch.runs import slots_of_choices
+from kernels.level_dispatch.runs import gpus_of_choices, slots_here, slots_of_choices
 from kernels.level_dispatch.table import MOST_GPUS, DispatchTable
 
-__all__ = ["INACTIVE", "MOST_GPUS", "SPLIT", "DispatchTable", "dispatch_tokens", "level_dispatch", "level_slots"]
+__all__ = [
+    "INACTIVE",
+    "MOST_GPUS",
+    "SPLIT",
+    "DispatchTable",
+    "dispatch_tokens",
+    "level_dispatch",
+    "level_pairs",
+    "level_slots",
+]
 
 MOST_PAIRS = 8192  # that one program counts and lays out; with more, all multiprocessors do it
 
@@ -42,10 +51,48 @@ def level_slots(ids: torch.Tensor, table: DispatchTable) -> torch.Tensor:
             slots = level_triton(ids, table)[1]
             assert slots is not None
             return slots
-        counts = torch.zeros_like(table.holders)
-        counts.scatter_add_(0, ids.flatten().long(), torch.ones_like(ids).flatten())
+        counts = _count(ids, table)
         return slots_of_choices(ids, level_triton(ids, table, counts)[0], counts, table)
     return level_slots_reference(ids, table)
+
+
+def level_pairs(ids: torch.Tensor, table: DispatchTable) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose by `level` which GPU serves each of a step's pairs; nothing waits for the host on GPUs.
+
+    Args:
+        ids: logical experts of every token, int32 ``[T, K]``, the same on every rank; -1 in all choices of padding.
+        table: of the layer's plan, as this rank sees it.
+
+    Returns:
+        The slot of every pair on this rank, -1 where another rank serves it, and the rank that serves it; both int32
+        ``[T, K]``, -1 in padding.
+    """
+    if table.has_copies and ids.is_cuda and table.num_gpus <= MOST_GPUS:
+        from kernels.level_dispatch.kernel import level_triton
+
+        if 0 < ids.numel() <= MOST_PAIRS:
+            served = torch.empty_like(ids)
+            slots = level_triton(ids, table, served=served)[1]
+            assert slots is not None
+            return slots, served
+        counts = _count(ids, table)
+        gpus = gpus_of_choices(ids, level_triton(ids, table, counts)[0], counts, table)
+    elif not table.has_copies:
+        gpus = table.copies[:, 0].int()[ids.long()]
+    else:
+        real = ids >= 0
+        gpus = torch.full_like(ids, -1)
+        gpus[real] = dispatch_tokens(ids[real][:, None], table.copies, table.num_gpus, table.split_above_tokens).int()[
+            :, 0
+        ]
+    gpus = torch.where(ids < 0, -1, gpus)
+    return slots_here(ids, gpus, table), gpus
+
+
+def _count(ids: torch.Tensor, table: DispatchTable) -> torch.Tensor:
+    """Pairs of every expert, int32 ``[E]``, without those below 0."""
+    flat = ids.flatten()
+    return torch.zeros_like(table.holders).scatter_add_(0, flat.clamp(min=0).long(), (flat >= 0).int())
 
 
 def dispatch_tokens(

@@ -27,13 +27,17 @@ def _union(left, right):
 
 
 @triton.jit
-def count_pairs(ids, num_pairs, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Pairs of every expert, int32 ``[E]``."""
+def count_pairs(ids, num_pairs, PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Pairs of every expert, int32 ``[E]``; where there is padding, its experts are below 0."""
     counts_E = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, num_pairs, BLOCK):
         pairs = start + tl.arange(0, BLOCK)
         found = tl.load(ids + pairs, mask=pairs < num_pairs, other=0)
-        counts_E += tl.histogram(found, BLOCK_E, mask=pairs < num_pairs)
+        counted = pairs < num_pairs
+        if PADDED:
+            counted = counted & (found >= 0)
+            found = tl.maximum(found, 0)
+        counts_E += tl.histogram(found, BLOCK_E, mask=counted)
     return counts_E
 
 
@@ -127,8 +131,8 @@ def serve_in_order(words, choices, loads_L, first, last):
 
 
 @triton.jit
-def write_runs(ids, slots, expert, slot, held, count, num_pairs, rank, BLOCK: tl.constexpr):
-    """Give this rank its run of a split expert's pairs: the i-th of n goes to copy i·copies // n."""
+def write_runs(ids, slots, served, expert, slot, held, count, num_pairs, rank, BLOCK: tl.constexpr):
+    """Give this rank its run of a split expert's pairs: the i-th of n goes to copy i·copies // n; and all their GPU."""
     copies = held * 0
     mine = held * 0  # which of the copies this rank has
     for gpu in tl.static_range(GPUS):
@@ -139,8 +143,16 @@ def write_runs(ids, slots, expert, slot, held, count, num_pairs, rank, BLOCK: tl
         pairs = start + tl.arange(0, BLOCK)
         own = tl.load(ids + pairs, mask=pairs < num_pairs, other=-1) == expert
         ordinal = seen + tl.cumsum(own.to(tl.int32), 0) - 1
-        here = own & (ordinal * copies // count == mine) & (slot >= 0)
-        tl.store(slots + pairs, slot, mask=here)
+        copy = ordinal * copies // count
+        tl.store(slots + pairs, slot, mask=own & (copy == mine) & (slot >= 0))
+        if served is not None:
+            gpu_of_copy = copy * 0
+            before = held * 0
+            for gpu in tl.static_range(GPUS):
+                holds = (held >> gpu) & 1
+                gpu_of_copy = tl.where((copy == before) & (holds != 0), gpu, gpu_of_copy)
+                before += holds
+            tl.store(served + pairs, gpu_of_copy, mask=own)
         seen += tl.sum(own.to(tl.int32), 0)
 
 
@@ -156,6 +168,7 @@ def level_kernel(
     choices,
     chosen,
     slots,
+    served,
     num_pairs,
     num_experts,
     num_single,
@@ -166,7 +179,10 @@ def level_kernel(
     BLOCK_E: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Choose, and give every pair its slot on this rank, or -1; ``slots`` is left out where ``counts`` are given."""
+    """Choose, and give every pair its slot on this rank, or -1; ``slots`` is left out where ``counts`` are given.
+
+    Where there is ``served``, every pair's GPU goes there, and experts below 0 are padding.
+    """
     experts = tl.arange(0, BLOCK_E)
     gpus = tl.arange(0, GPUS)
     real_E = experts < num_experts
@@ -176,7 +192,7 @@ def level_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if counts is None:
-        counts_E = tl.where(real_E, count_pairs(ids, num_pairs, BLOCK, BLOCK_E), 0)
+        counts_E = tl.where(real_E, count_pairs(ids, num_pairs, served is not None, BLOCK, BLOCK_E), 0)
     else:
         counts_E = tl.load(counts + experts, mask=real_E, other=0)
     single_E = places_E < num_single
@@ -199,9 +215,15 @@ def level_kernel(
         for start in range(0, num_pairs, BLOCK):
             pairs = start + tl.arange(0, BLOCK)
             expert = tl.load(ids + pairs, mask=pairs < num_pairs, other=0)
-            here = tl.load(chosen + expert) == rank
+            real = pairs < num_pairs
+            if served is not None:
+                real = real & (expert >= 0)
+                expert = tl.maximum(expert, 0)
+            gpu = tl.load(chosen + expert)
             slot = tl.load(slot_of_expert + expert)
-            tl.store(slots + pairs, tl.where(here, slot, -1), mask=pairs < num_pairs)
+            tl.store(slots + pairs, tl.where((gpu == rank) & real, slot, -1), mask=pairs < num_pairs)
+            if served is not None:
+                tl.store(served + pairs, tl.where(real, gpu, -1), mask=pairs < num_pairs)
         rest_E = gpu_E == SPLIT
         tl.debug_barrier()  # their runs are written over what stands there now, perhaps by other threads
         while tl.max(rest_E.to(tl.int32), 0) > 0:
@@ -209,11 +231,15 @@ def level_kernel(
             rest_E = rest_E & (experts != expert)
             held = tl.load(holders + expert)
             count = tl.sum(tl.where(experts == expert, counts_E, 0), 0)
-            write_runs(ids, slots, expert, tl.load(slot_of_expert + expert), held, count, num_pairs, rank, BLOCK)
+            slot = tl.load(slot_of_expert + expert)
+            write_runs(ids, slots, served, expert, slot, held, count, num_pairs, rank, BLOCK)
 
 
 def level_triton(
-    ids: torch.Tensor, table: DispatchTable, counts: torch.Tensor | None = None
+    ids: torch.Tensor,
+    table: DispatchTable,
+    counts: torch.Tensor | None = None,
+    served: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Choose the copies of a step's experts.
 
@@ -221,6 +247,7 @@ def level_triton(
         ids: int32 ``[T, K]``, contiguous; not read where counts are given.
         table: of the layer; its scratch memory is used, so launches with one table must follow each other.
         counts: pairs of every expert, int32 ``[E]``; None counts them, which takes one program long if there are many.
+        served: takes the GPU of every pair, int32 ``[T, K]``, where counts are not given; ids below 0 are then padding.
 
     Returns:
         For every expert its GPU, -1 where it has no pairs, -2 where it is split, int32 ``[E]``; and unless counts are
@@ -241,6 +268,7 @@ def level_triton(
         table.choices,
         chosen,
         slots,
+        served,
         ids.numel(),
         num_experts,
         table.num_single,

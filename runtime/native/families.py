@@ -99,6 +99,11 @@ class DecoderShape:
         return 2 * self.num_kv_heads * self.head_size if self.latent is None else self.latent.entry
 
     @property
+    def value_size(self) -> int:
+        """Entries of a head's value."""
+        return self.head_size if self.latent is None else self.latent.value_size
+
+    @property
     def kv_values_per_token(self) -> int:
         """Numbers cached for one token over all layers."""
         return self.num_layers * self.kv_values_per_layer

@@ -8,32 +8,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.nn.functional import linear, silu
 
-from kernels.combine import combine
-from kernels.grouped_gemm import down, gate_up
-from kernels.level_dispatch import level_slots
 from kernels.norm_linear import norm_linear
-from kernels.permute import Permutation, permute
+from kernels.permute import Permutation
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_cache import rope_cache
-from kernels.route import Routes, route
-from kernels.route_permute import route_permute
+from kernels.route import Routes
 from kernels.skinny_linear import skinny_linear
 from runtime.load import SlotCounter
 from runtime.native.cache import PagedCache
+from runtime.native.experts import gated_mlp, moe_layer
 from runtime.native.families import DecoderShape
 from runtime.native.mla import LatentCache, latent_queries
 from runtime.native.ranks import Ranks
-from runtime.native.weights import DecoderWeights, ExpertWeights, LayerWeights, MlpWeights
+from runtime.native.weights import DecoderWeights
 
 # layer, rotated queries [T, H, d] -> values [T, H, …]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 # layer, the router's choice and the pairs of every slot -> what is used instead
 ReplaceRoutes = Callable[[int, Routes, Permutation], tuple[Routes, Permutation]]
+# layer, the experts that the router chose for this rank's rows, int32 [T, K] -> what is used instead
+ReplaceIds = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -47,6 +44,7 @@ class Decoder:
         rotary: float32 ``[positions, 2, r/2]`` for r rotated entries of a head.
         replace_routes: for measurements and tests: called with every MoE layer's number, its routes and
             their permutation.
+        replace_ids: the same where ranks have rows of their own; called with every MoE layer's number and experts.
         ranks: that the layers are shared with; None where this one has all.
         load: counts the pairs of every slot, where that is wanted.
         kept_routes: where it is a list, every MoE layer adds the routes of the pass's tokens.
@@ -57,6 +55,7 @@ class Decoder:
     cache: PagedCache | LatentCache
     rotary: torch.Tensor
     replace_routes: ReplaceRoutes | None = None
+    replace_ids: ReplaceIds | None = None
     ranks: Ranks | None = None
     load: SlotCounter | None = None
     kept_routes: list[Routes] | None = None
@@ -100,9 +99,10 @@ def run_layers(
         q = _queries(decoder, number, normed, positions, slot_index)
         attended = skinny_linear(attend(number, q).flatten(1), layer.output, layer.output_bias)
         next_norm = layers[number + 1].input_norm if number + 1 < len(layers) else weights.norm
-        residual, normed = _feed_forward(decoder, number, attended, residual, next_norm)
+        residual, normed = _feed_forward(decoder, number, attended, residual, next_norm, slot_index)
     if decoder.load is not None:
-        decoder.load.end_pass(decoding, slot_index)
+        marked = decoder.ranks is not None and decoder.ranks.splits_rows  # padding has no slots
+        decoder.load.end_pass(decoding, None if marked else slot_index)
     return normed
 
 
@@ -127,7 +127,12 @@ def _queries(
 
 
 def _feed_forward(
-    decoder: Decoder, number: int, attended: torch.Tensor, residual: torch.Tensor, next_norm: torch.Tensor
+    decoder: Decoder,
+    number: int,
+    attended: torch.Tensor,
+    residual: torch.Tensor,
+    next_norm: torch.Tensor,
+    slot_index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What follows a layer's attention: the residual and the next layer's norm, both ``[T, D]``."""
     layer, eps, ranks = decoder.weights.layers[number], decoder.shape.eps, decoder.ranks
@@ -144,57 +149,4 @@ def _feed_forward(
         residual, normed, logits = norm_linear(
             attended, residual, layer.mlp_norm, eps, experts.router, experts.router_bias, dtype
         )
-    routes, permutation = choose_experts(decoder.shape, experts, logits)
-    if decoder.replace_routes is not None:
-        routes, permutation = decoder.replace_routes(number, routes, permutation)
-    if decoder.load is not None:
-        decoder.load.note(routes.slots)
-    if decoder.kept_routes is not None:
-        decoder.kept_routes.append(routes)
-    pairs = run_experts(decoder.shape, experts, normed, permutation)
-    finish = combine if ranks is None else ranks.finish_experts
-    return finish(pairs, routes, shared_expert(normed, layer), residual, next_norm, eps)
-
-
-def choose_experts(shape: DecoderShape, experts: ExpertWeights, logits: torch.Tensor) -> tuple[Routes, Permutation]:
-    """The experts that the router's logits ``[T, E]`` choose, and the pairs of every slot."""
-    routing = shape.routing
-    scoring: dict[str, Any] = {
-        "top_k": shape.top_k,
-        "scoring": routing.scoring,
-        "renormalise": shape.renormalise,
-        "scale": routing.scale,
-        "bias": experts.correction,
-        "num_groups": routing.num_groups,
-        "top_groups": routing.top_groups,
-        "group_score": routing.group_score,
-    }
-    if experts.dispatch is None:
-        return route_permute(logits, len(experts.gate_up), slot_of_expert=experts.slot_of_expert, **scoring)
-    ids, _, weights = route(logits, **scoring)
-    slots = level_slots(ids, experts.dispatch)
-    return Routes(ids, slots, weights), permute(slots, len(experts.gate_up))
-
-
-def run_experts(
-    shape: DecoderShape, experts: ExpertWeights, normed: torch.Tensor, permutation: Permutation
-) -> torch.Tensor:
-    """Outputs of this rank's slots for every pair, not yet weighted, ``[T·K, D]``; undefined for other ranks' pairs."""
-    if not len(experts.gate_up):
-        return normed.new_empty((len(normed) * shape.top_k, shape.width))
-    inner = gate_up(normed, experts.gate_up, permutation, shape.top_k, shape.activation, experts.gate_up_bias)
-    return down(inner, experts.down, permutation, experts.down_bias)
-
-
-def shared_expert(normed: torch.Tensor, layer: LayerWeights) -> torch.Tensor | None:
-    """Output of the expert that serves every token, weighed by its gate, ``[T, D]``; None where there is none."""
-    if layer.mlp is None:
-        return None
-    output = gated_mlp(normed, layer.mlp)
-    return output if layer.shared_gate is None else output * torch.sigmoid(linear(normed, layer.shared_gate))
-
-
-def gated_mlp(normed: torch.Tensor, mlp: MlpWeights) -> torch.Tensor:
-    """A SiLU-gated MLP, ``[T, D]``."""
-    gate, up = linear(normed, mlp.gate_up).chunk(2, dim=-1)
-    return linear(silu(gate) * up, mlp.down)
+    return moe_layer(decoder, number, normed, logits, slot_index, residual, next_norm)

@@ -38,7 +38,12 @@ class HeadShare:
             shape.latent is not None or kv_heads % world_size == 0 or world_size % kv_heads == 0
         )
         split = even and shape.qk_norm != "projection"  # a norm over all heads wants all of them
-        return HeadShare(rank, world_size, kv_heads) if split else HeadShare(0, 1, kv_heads)
+        return HeadShare(rank, world_size, kv_heads) if split else HeadShare.whole(shape)
+
+    @staticmethod
+    def whole(shape: DecoderShape) -> HeadShare:
+        """All heads."""
+        return HeadShare(0, 1, shape.num_kv_heads)
 
     def shape_of(self, shape: DecoderShape) -> DecoderShape:
         """The decoder with this rank's heads alone."""

@@ -17,6 +17,7 @@ from runtime.errors import ModelError, one_line
 from runtime.load import SlotCounter
 from runtime.native.cache import PAGE_SIZE, PagedCache
 from runtime.native.checkpoint import fill_from_checkpoint, fill_with_random
+from runtime.native.exchange_modes import MODES, meet
 from runtime.native.families import DecoderShape, NotNativeError, read_shape
 from runtime.native.forward import Decoder
 from runtime.native.mla import LatentCache
@@ -82,8 +83,8 @@ def _say(group: RankGroup, choice: str) -> None:
 def _native_shape(model: str, settings: EngineSettings, group: RankGroup, exchange: str) -> DecoderShape:
     config = load_config(model)
     shape = read_shape(config)
-    if group.world_size > 1 and exchange != "allreduce":
-        raise NotNativeError(f"exchange {exchange} of {group.world_size} ranks; the native path has allreduce")
+    if group.world_size > 1 and exchange not in MODES:
+        raise NotNativeError(f"exchange {exchange} of {group.world_size} ranks; the native path has {', '.join(MODES)}")
     if settings.dtype == "float16" and group.device.type == "cpu":
         raise NotNativeError("dtype=float16 on a CPU; the native path has float32 and bfloat16 there")
     if group.device.type == "cuda":
@@ -134,7 +135,8 @@ def load_native(
     dtype = settings.torch_dtype(device)
     if isinstance(dtype, str):
         dtype = getattr(config, "dtype", None) or torch.bfloat16
-    ranks = Ranks.meet(shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
+    exchange = settings.exchange or plan.workload.exchange
+    ranks = meet(exchange, shape, group, dtype, settings.max_sequences) if group.world_size > 1 else None
     slots = local_slots(plan, group.rank)
     # Ranks go on together: on GPUs a step of one that goes on alone would wait for the others' rows without end.
     with group.together():
@@ -211,7 +213,7 @@ def make_decoder(
         shape = ranks.share.shape_of(shape)
     with nullcontext() if ranks is None else ranks.group.together():
         weights, parts = allocate(shape, slots, dtype, device)
-        free_bytes = 0 if settings.cache_tokens else _free_bytes(shape, settings, dtype, device)
+        free_bytes = 0 if settings.cache_tokens else _free_bytes(shape, settings, dtype, device, ranks)
         tokens = settings.cache_tokens or cache_tokens(shape, settings, dtype, free_bytes)
     if ranks is not None:
         parts = [ranks.share.part_of(part) for part in parts]
@@ -268,21 +270,26 @@ def cache_tokens(shape: DecoderShape, settings: EngineSettings, dtype: torch.dty
     return tokens
 
 
-def prefill_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype) -> int:
+def prefill_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, ranks: Ranks | None = None) -> int:
     """Activations of the largest prefill pass: of its tokens in one layer, and of its attention."""
     dense_width = max(shape.shared_width, 0 if all(shape.moe_layers) else shape.dense_width)
     per_token = 2 * shape.qkv_width + 6 * shape.width + 3 * dense_width
-    per_token += shape.top_k * (shape.expert_width + shape.width)
+    of_experts = shape.top_k * (shape.expert_width + shape.width)
+    if ranks is not None and ranks.splits_rows:  # all tokens may be one rank's, and the others then have as many rows
+        of_experts = ranks.group.world_size * (of_experts + 4 * shape.width)
+    per_token += of_experts
     return (settings.max_prefill_tokens * per_token + COPIES_OF_KEYS * EXPANDED) * dtype.itemsize
 
 
-def _free_bytes(shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, device: torch.device) -> int:
+def _free_bytes(
+    shape: DecoderShape, settings: EngineSettings, dtype: torch.dtype, device: torch.device, ranks: Ranks | None
+) -> int:
     """What keys and values may take."""
     if device.type != "cuda":
         return CPU_CACHE_BYTES
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()  # what loading has left
-    free = torch.cuda.mem_get_info(device)[0] - GRAPH_BYTES - prefill_bytes(shape, settings, dtype)
+    free = torch.cuda.mem_get_info(device)[0] - GRAPH_BYTES - prefill_bytes(shape, settings, dtype, ranks)
     return int(free * CACHE_SHARE)
 
 

@@ -11,8 +11,8 @@ from kernels.sample import sample
 from runtime.load import Load
 from runtime.native.forward import Decoder
 from runtime.native.new_tokens import NewTokens
-from runtime.native.prefill import prefill
-from runtime.native.replayed_routes import ReplayedRoutes
+from runtime.native.prefill import prefill, without_padding
+from runtime.native.replayed_routes import ReplayedIds, ReplayedRoutes, replay
 from runtime.native.rows import Rows, RunningSequence
 from runtime.native.step import EagerStep, GraphedStep
 from runtime.recording import Fed, RouteRecording
@@ -33,8 +33,10 @@ class NativeModel:
         graphs: whether decode steps run as CUDA graphs.
 
     Attributes:
-        logits: of the last step, one row per sequence that got a token, in one or two tensors; the next step may
-            overwrite them.
+        logits: of the last step, one row per sequence at home here that got a token, in one or two tensors; the next
+            step may overwrite them.
+        sampled: these sequences, in the same order.
+        max_rows: of a step, if the sequences are dealt evenly to the ranks that have rows of their own.
         recording: takes the routes of every pass, where they are recorded.
     """
 
@@ -46,7 +48,12 @@ class NativeModel:
         cache = decoder.cache
         self.cache_size = CacheSize(cache.num_tokens // cache.page_size, cache.page_size)
         self.max_context = min(len(decoder.rotary), cache.num_tokens)
+        ranks = decoder.ranks
+        self._ranks = ranks if ranks is not None and ranks.splits_rows else None
+        self._num_homes = 1 if self._ranks is None else self._ranks.group.world_size
+        self.max_rows = -(-max_sequences // self._num_homes)
         self.logits: list[torch.Tensor] = []
+        self.sampled: list[int] = []
         self.recording: RouteRecording | None = None
         self._prompts: dict[int, Admission] = {}  # of sequences that don't decode yet
         self._sequences: dict[int, RunningSequence] = {}
@@ -55,7 +62,7 @@ class NativeModel:
         self._unknown: NewTokens | None = None  # of the step launched last, if they are not known yet
         self._graphs: dict[tuple[int, int, bool], GraphedStep] | None = {} if graphs else None
         self._sampler = Sampler()  # chooses again for sequences that ask for more than the step's own sampling
-        self._replayed: ReplayedRoutes | None = None
+        self._replayed: ReplayedRoutes | ReplayedIds | None = None
         self._steps = 0  # since the load was taken
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
 
@@ -70,7 +77,7 @@ class NativeModel:
         self._admit(step.admit)
         self._grow(step.grow)
         decoding = dict(self._sequences) if step.decode else {}
-        self.logits = []
+        self.logits, self.sampled = [], []
         new = NewTokens(self.decoder.rotary.device)
         started = self._feed(step.feed, new) if step.feed else {}
         if decoding:
@@ -78,14 +85,33 @@ class NativeModel:
         if started:
             self._sequences |= started
             self._filled = None
+        if self._ranks is not None and (started or decoding):
+            new.share(self._by_home(started | decoding), self.decoder.shape.vocabulary, self._ranks.gather)
         new.copy()
         self._unknown = new
         return new
 
+    def _by_home(self, sequences: Mapping[int, RunningSequence]) -> list[dict[int, RunningSequence]]:
+        """The sequences that each rank has rows for; all in one where all ranks have."""
+        if self._ranks is None:
+            return [dict(sequences)]
+        held: list[dict[int, RunningSequence]] = [{} for _ in range(self._num_homes)]
+        for number, sequence in sequences.items():
+            held[sequence.home][number] = sequence
+        return held
+
+    def _mine(self, sequences: Mapping[int, RunningSequence]) -> dict[int, RunningSequence]:
+        """Those that this rank has rows for."""
+        return self._by_home(sequences)[0 if self._ranks is None else self._ranks.group.rank]
+
+    def _holds(self, home: int) -> bool:
+        return self._ranks is None or self._ranks.holds(home)
+
     def _admit(self, admissions: Sequence[Admission]) -> None:
         for admission in admissions:
             self._prompts[admission.sequence] = admission
-            if admission.sampling.changes_logits or admission.sampling.logprobs is not None:
+            sampling = admission.sampling
+            if self._holds(admission.home) and (sampling.changes_logits or sampling.logprobs is not None):
                 self._sampler.admit(admission)
 
     def _retire(self, sequences: Sequence[int]) -> None:
@@ -97,13 +123,14 @@ class NativeModel:
 
     def _grow(self, grow: Sequence[tuple[int, int]]) -> None:
         """Add pages to sequences, and to their rows, if these are laid out."""
+        grow = [(number, page) for number, page in grow if self._holds(self._sequences[number].home)]
         columns = []
         for number, page in grow:
             columns.append(len(self._sequences[number].pages))
             self._sequences[number].pages.append(page)
         if grow and self._filled is not None:
             width = self._filled.page_table.shape[1]
-            rows_of = {number: [row] for row, number in enumerate(self._sequences)}
+            rows_of = {number: [row] for row, number in enumerate(self._mine(self._sequences))}
             rows_of[next(iter(rows_of))] += range(len(rows_of), len(self._filled.tokens))  # padding repeats the first
             # A row that outgrows its table is laid out again, in a wider one.
             new = [
@@ -124,29 +151,34 @@ class NativeModel:
             if piece.stop == len(self._prompts[piece.sequence].tokens):
                 admission = self._prompts.pop(piece.sequence)
                 pages = list(admission.pages)
-                started[piece.sequence] = RunningSequence(pages, len(admission.tokens), 0, admission.sampling)
-        if not started:
+                position, sampling = len(admission.tokens), admission.sampling
+                started[piece.sequence] = RunningSequence(pages, position, 0, sampling, admission.home)
+        mine = self._mine(started)
+        if not mine:
             return started
         logits = linear(hidden, self.decoder.weights.head)
         self.logits.append(logits)
-        rows = Rows.empty(len(started), 1, hidden.device)
-        rows.fill(list(started.values()))
+        self.sampled += mine
+        rows = Rows.empty(len(mine), 1, hidden.device)
+        rows.fill(list(mine.values()))
         chosen = sample(logits, rows.temperature, rows.seeds, rows.positions, rows.top_p)
         chosen = chosen.where(logits.amax(dim=-1).isfinite(), NO_TOKEN)
-        self._sampler.choose_again(list(started), logits, chosen)
-        new.add(started, chosen, *self._sampler.take_in(list(started), logits, chosen))
+        self._sampler.choose_again(list(mine), logits, chosen)
+        new.add(mine, chosen, *self._sampler.take_in(list(mine), logits, chosen))
         return started
 
     def _decode(self, decoding: Mapping[int, RunningSequence], new: NewTokens) -> None:
-        """Feed every sequence's newest token."""
-        numbers, running = list(decoding), list(decoding.values())
-        num_rows = bucket_of(len(running), self.max_sequences)
-        num_pages = self._num_pages(max(sequence.position for sequence in running) + 1)
-        nucleus = any(each.sampling.top_p < 1 and not each.sampling.changes_logits for each in running)
+        """Feed every sequence's newest token; ranks with rows of their own take a step of the same size."""
+        by_home, mine = self._by_home(decoding), self._mine(decoding)
+        numbers, running = list(mine), list(mine.values())
+        most = max(map(len, by_home))
+        num_rows = bucket_of(most, max(most, self.max_rows))
+        num_pages = self._num_pages(max(sequence.position for sequence in decoding.values()) + 1)
+        nucleus = any(each.sampling.top_p < 1 and not each.sampling.changes_logits for each in decoding.values())
         step = self._step(num_rows, num_pages, nucleus)
         rows = self._rows[num_rows, num_pages]
-        if rows is not self._filled:
-            if self._unknown is not None:
+        if rows is not self._filled or not running:
+            if running and self._unknown is not None:
                 self._unknown()
             rows.fill(running)
             self._filled = rows
@@ -154,14 +186,15 @@ class NativeModel:
             self._replayed.advance()
         logits, sampled = step()[: len(running)], rows.sampled[: len(running)]
         self.logits.append(logits)
+        self.sampled += numbers
         if self.recording is not None:
-            fed = [Fed(number, sequence.position, 1) for number, sequence in decoding.items()]
-            self.recording.keep(fed, [each.ids for each in step.routes], [each.weights for each in step.routes])
+            fed = [Fed(number, each.position, 1) for held in by_home for number, each in held.items()]
+            self.recording.keep(fed, *without_padding(step.routes, [len(held) for held in by_home], num_rows))
         if self._sampler.choose_again(numbers, logits, sampled):
             rows.feed_sampled(len(running))
-        new.add(decoding, sampled, *self._sampler.take_in(numbers, logits, sampled))
+        new.add(mine, sampled, *self._sampler.take_in(numbers, logits, sampled))
         self._steps += 1
-        for sequence in running:
+        for sequence in decoding.values():
             sequence.position += 1
 
     def take_load(self) -> Load | None:
@@ -174,11 +207,10 @@ class NativeModel:
 
     def replay(self, routes: torch.Tensor | None) -> None:
         """Take the experts of the next decode steps from routes ``[S, L, T, K]``; None ends that."""
-        self._replayed = None
-        if routes is not None:
-            num_rows = bucket_of(routes.shape[2], self.max_sequences)
-            self._replayed = ReplayedRoutes(self.decoder, routes, num_rows)
-        self.decoder.replace_routes = self._replayed
+        num_rows = self.max_sequences
+        if routes is not None and self._ranks is None:
+            num_rows = bucket_of(routes.shape[2], self.max_rows)
+        self._replayed = replay(self.decoder, routes, num_rows)
         if self._graphs is not None:
             self._graphs.clear()
             self._pool = torch.cuda.graph_pool_handle()  # the old one goes with the last graph of it
@@ -193,10 +225,12 @@ class NativeModel:
         for num_rows in self._sizes():
             rows = Rows.empty(num_rows, self._num_pages(1), self.decoder.rotary.device)
             EagerStep(self.decoder, rows, False)()
+        if self._ranks is not None:
+            self._ranks.gather(torch.zeros((1, 1), dtype=torch.int64, device=self.decoder.rotary.device))
 
     def _sizes(self) -> list[int]:
         """Rows of the captured steps, the most first: the smaller ones then fit into their memory."""
-        return sorted({bucket_of(rows + 1, self.max_sequences) for rows in range(self.max_sequences)}, reverse=True)
+        return sorted({bucket_of(rows + 1, self.max_rows) for rows in range(self.max_rows)}, reverse=True)
 
     def _num_pages(self, tokens: int) -> int:
         """Columns of the page table for contexts of so many tokens."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from runtime.logprobs import read_rows
 from runtime.native.rows import RunningSequence
 from runtime.requests import TokenLogprobs
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
 
 
 class NewTokens:
@@ -23,7 +25,7 @@ class NewTokens:
 
     def __init__(self, device: torch.device) -> None:
         self.logprobs: dict[int, TokenLogprobs] = {}
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._sequences: dict[int, RunningSequence] = {}
         self._sampled: list[torch.Tensor] = []
         self._asking: list[tuple[Sequence[int], torch.Tensor]] = []
@@ -42,6 +44,37 @@ class NewTokens:
         self._sampled.append(sampled)
         if logprob_rows is not None:
             self._asking.append((asking, logprob_rows))
+
+    def share(self, members: Sequence[Mapping[int, RunningSequence]], vocabulary: int, gather: Gather) -> None:
+        """Make the tokens of every rank known to all; nothing but `copy` follows.
+
+        Args:
+            members: the sequences that get a token, by rank, in the order in which that rank added them.
+            vocabulary: number of token ids.
+            gather: every rank's rows ``[T, N]`` on every rank, ``[G, T, N]``.
+        """
+        asking = [[n for n, each in held.items() if each.sampling.logprobs is not None] for held in members]
+        most = max(map(len, members))
+        mine = torch.zeros((most, 1), dtype=torch.int64, device=self._device)
+        if self._sampled:
+            own = torch.cat(self._sampled)
+            mine[: len(own), 0] = own
+        gathered = gather(mine)
+        self._sampled = [held_tokens[: len(held), 0] for held_tokens, held in zip(gathered, members, strict=True)]
+        self._sequences = {number: each for held in members for number, each in held.items()}
+        if not any(asking):
+            return
+        wanted = max(each.sampling.logprobs or 0 for each in self._sequences.values())
+        size = max(map(len, asking)), 2 + 2 * min(wanted, vocabulary)
+        rows = torch.zeros(size, dtype=torch.float64, device=self._device)
+        place = 0
+        for numbers, found in self._asking:
+            rows[place : place + len(numbers), : found.shape[1]] = found
+            place += len(numbers)
+        everyones = gather(rows)
+        self._asking = [
+            (numbers, each[: len(numbers)]) for numbers, each in zip(asking, everyones, strict=True) if numbers
+        ]
 
     def copy(self) -> None:
         """Begin to copy; nothing is added after that."""

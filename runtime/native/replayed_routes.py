@@ -58,6 +58,50 @@ class ReplayedRoutes:
         return Routes(ids, slots, routes.weights), Permutation(order, indptr)
 
 
+class ReplayedIds:
+    """Replaces the experts that this rank's rows are sent to, before the ranks gather their routes.
+
+    Args:
+        decoder: whose routes are replaced.
+        routes: logical ids of this rank's sequences, int32 ``[S, L, T, K]``.
+        num_rows: of the largest step; those beyond T are padding.
+    """
+
+    def __init__(self, decoder: Decoder, routes: torch.Tensor, num_rows: int) -> None:
+        self._steps = pad(routes, (0, 0, 0, num_rows - routes.shape[2])).to(decoder.rotary.device)
+        self._now = torch.zeros_like(self._steps[0])
+        self._next = 0
+        layers = [number for number, routed in enumerate(decoder.shape.moe_layers) if routed]
+        self._layers = dict(zip(layers, self._now, strict=True))
+
+    def advance(self) -> None:
+        """Make the next step's experts the current ones."""
+        self._now.copy_(self._steps[self._next])
+        self._next += 1
+
+    def __call__(self, layer: int, ids: torch.Tensor) -> torch.Tensor:
+        """The current step's experts of a layer, as many rows as ``ids`` has."""
+        return self._layers[layer][: len(ids)]
+
+
+def replay(decoder: Decoder, routes: torch.Tensor | None, num_rows: int) -> ReplayedRoutes | ReplayedIds | None:
+    """Let a decoder take the experts of decode steps from routes; each step is to be preceded by ``advance``.
+
+    Args:
+        decoder: whose routes are replaced.
+        routes: logical ids of this rank's rows, int32 ``[S, L, T, K]``; None ends that.
+        num_rows: of the steps; where ranks have rows of their own, of the largest.
+    """
+    decoder.replace_routes = decoder.replace_ids = None
+    if routes is None:
+        return None
+    if decoder.ranks is not None and decoder.ranks.splits_rows:
+        decoder.replace_ids = ids = ReplayedIds(decoder, routes, num_rows)
+        return ids
+    decoder.replace_routes = replayed = ReplayedRoutes(decoder, routes, num_rows)
+    return replayed
+
+
 def _prepare(decoder: Decoder, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Ids, slots and permutation of a layer's routes ``[B, K]``, all int32."""
     experts = decoder.weights.layers[layer].experts

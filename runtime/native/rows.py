@@ -26,12 +26,14 @@ class RunningSequence:
         position: of ``token``, which is fed next.
         token: its newest.
         sampling: of its tokens, resolved.
+        home: the rank that has its row, where not all have.
     """
 
     pages: list[int]
     position: int
     token: int
     sampling: SamplingParameters
+    home: int = 0
 
 
 @dataclass
@@ -83,7 +85,11 @@ class Rows:
         """Lay sequences out, one per row; further rows repeat the first one without caching.
 
         Repeated rows choose the same experts as the row that they repeat, so that padding reads no further weights.
+        Without sequences all rows are padding; as these advance with every step, they must be laid out for each.
         """
+        if not sequences:
+            self.clear()
+            return
         padding = len(self.tokens) - len(sequences)
         rows = [*sequences, *[sequences[0]] * padding]
         pages = np.zeros(self.page_table.shape, dtype=np.int32)

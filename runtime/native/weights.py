@@ -199,7 +199,6 @@ def _allocate_layer(room: _Room, shape: DecoderShape, layer: int, slots: Slots) 
     inputs, (q_norm, k_norm) = _attention_inputs(shape), _attention_norms(shape)
     names, rows = [f"{attention}.{name}" for name in inputs], list(inputs.values())
     q_up, kv_up = _allocate_ups(room, shape, attention)
-    value_size = shape.head_size if shape.latent is None else shape.latent.value_size
     routed = shape.moe_layers[layer]
     block = f"{prefix}.mlp"
     mlp = None
@@ -218,7 +217,7 @@ def _allocate_layer(room: _Room, shape: DecoderShape, layer: int, slots: Slots) 
         q_up=q_up,
         kv_up=kv_up,
         sinks=room.take(f"{attention}.sinks", shape.num_heads, dtype=torch.float32) if shape.sinks else None,
-        output=room.take(f"{attention}.o_proj.weight", width, shape.num_heads * value_size),
+        output=room.take(f"{attention}.o_proj.weight", width, shape.num_heads * shape.value_size),
         output_bias=room.take(f"{attention}.o_proj.bias", width) if shape.output_bias else None,
         mlp_norm=room.take(f"{prefix}.post_attention_layernorm.weight", width),
         experts=_allocate_experts(room, shape, prefix, slots[layer]) if routed else None,

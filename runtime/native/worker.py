@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from runtime.distributed import RankGroup
-from runtime.load import Load, ring_bytes
+from runtime.load import Load
 from runtime.native.model import NativeModel
 from runtime.recording import RouteRecording
 from runtime.requests import TokenLogprobs
@@ -27,10 +27,10 @@ class NativeWorker(Worker):
         group: all ranks.
     """
 
-    everyone_holds_all = True
-
     def __init__(self, model: NativeModel, facts: ModelFacts, group: RankGroup) -> None:
         self.model, self.facts, self.group = model, facts, group
+        ranks = model.decoder.ranks
+        self.everyone_holds_all = ranks is None or ranks.everyone_holds_all
         self._logprobs: dict[int, TokenLogprobs] = {}
         self._watch: StepWatch | None = None
         self.overlaps = group.device.type == "cuda"
@@ -85,7 +85,8 @@ class NativeWorker(Worker):
         pairs, active = self.group.gather_tokens(mine.flatten()).view(-1, *mine.shape)[:, :, :, 0].permute(1, 2, 0, 3)
         shape = self.model.decoder.shape
         rows = int(pairs.sum()) // shape.top_k  # of all MoE layers
-        sent = ring_bytes(self.group.world_size, rows, shape.width * self.facts.dtype.itemsize)
+        assert self.model.decoder.ranks is not None
+        sent = self.model.decoder.ranks.sent_bytes(rows, shape.width * self.facts.dtype.itemsize, shape.top_k)
         return Load(pairs, active, load.steps, sent)
 
     def serve(self) -> None:

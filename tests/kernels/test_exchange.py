@@ -43,25 +43,29 @@ def test_three_ranks_two_ways_in_interpreter() -> None:
 def test_compiles_for_hopper() -> None:
     in_compiler(
         """
-        from kernels.exchange import kernel
+        from kernels.exchange import alltoall, kernel
         from tests.support.triton_compile import compile_for_sm90
 
         scalars = dict.fromkeys("num_rows most_rows stride width rank".split(), "i32") | {"eps": "fp32"}
         types = scalars | dict.fromkeys("box peers sums sum_peers".split(), "*i64") | {"weights": "*fp32"}
-        types |= {"norm_weight": "*bf16"}
+        types |= {"norm_weight": "*bf16"} | dict.fromkeys("received places gpu_of_expert".split(), "*i64")
 
         def build(which, left_out=(), **constants):
-            constants |= {"GPUS": 8, "BLOCK": 1024, "OVERLAP": True} | dict.fromkeys(left_out)
+            constants = {"GPUS": 8, "BLOCK": 1024, "OVERLAP": True} | constants | dict.fromkeys(left_out)
             names = [name for name in which.arg_names if name not in constants]
-            return compile_for_sm90(which, {n: types.get(n, "*i32") for n in names}, constants, num_warps=8)
+            warps = max(1, constants["BLOCK"] // 128)
+            return compile_for_sm90(which, {n: types.get(n, "*i32") for n in names}, constants, num_warps=warps)
 
         one_way = ("shared", "sums", "sum_peers")
         built = build(kernel.reduce_kernel, one_way, TOP_K=8, KIND="bf16")
         assert "ld.volatile.global" in built.asm["ptx"], "a row is read again until it is there"
         build(kernel.reduce_kernel, ("slots", "weights", "shared"), TOP_K=0, KIND="fp16")
         build(kernel.gather_kernel)
-        build(kernel.dispatch_kernel, TOP_K=8)
-        build(kernel.collect_kernel, TOP_K=4, KIND="bf16")
+        build(kernel.gather_kernel, BLOCK=2)  # of a token
+        build(alltoall.gather_routes_kernel, TOP_K=8, BLOCK=16)
+        build(alltoall.gather_routes_kernel, ("slots", "gpus", "slot_of_expert", "gpu_of_expert"), TOP_K=4, BLOCK=8)
+        build(alltoall.dispatch_kernel, TOP_K=8)
+        build(alltoall.collect_kernel, TOP_K=4, KIND="bf16")
         """
     )
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.level_dispatch import level_dispatch, level_slots
+from kernels.level_dispatch import level_dispatch, level_pairs, level_slots
 from kernels.level_dispatch.runs import slots_of_choices
 from tests.support.triton_compile import in_compiler, in_interpreter
 
@@ -53,12 +53,12 @@ def test_compiles_for_hopper() -> None:
         from tests.support.triton_compile import compile_for_sm90
 
         integers = "num_pairs num_experts num_single num_gpus split_above rank".split()
-        pointers = "ids counts holders places slot_of_expert chosen slots".split()
+        pointers = "ids counts holders places slot_of_expert chosen slots served".split()
         signature = dict.fromkeys(pointers, "*i32") | dict.fromkeys(integers, "i32")
         signature |= {"fields": "*i16", "words": "*i64", "choices": "*i32"}
-        for left_out in ("counts", "slots"):
-            constants = {left_out: None, "BLOCK": 1024, "BLOCK_E": 128, "OVERLAP": True}
-            given = {name: kind for name, kind in signature.items() if name != left_out}
+        for left_out in (("counts", "served"), ("slots", "served"), ("counts",)):
+            constants = dict.fromkeys(left_out) | {"BLOCK": 1024, "BLOCK_E": 128, "OVERLAP": True}
+            given = {name: kind for name, kind in signature.items() if name not in left_out}
             built = compile_for_sm90(level_kernel, given, constants, num_warps=4)
             assert "bar.sync" in built.asm["ptx"]
         """
@@ -78,11 +78,17 @@ def test_slots_of_choices(data: st.DataObject) -> None:
     counts = torch.bincount(ids.flatten(), minlength=experts)
     chosen = level_dispatch(counts, copies, gpus, limit)
     served = torch.zeros_like(ids)
+    padded = torch.cat([torch.full_like(ids[:2], -1), ids, torch.full_like(ids[:1], -1)]).int()
     for rank in range(gpus):
         table = make_table(copies, rank, gpus, limit, "cpu")
         slots = level_slots(ids.int(), table)
         assert slots.dtype == torch.int32
         assert torch.equal(slots_of_choices(ids.int(), chosen, counts, table), slots)
+        of_padded, serving = level_pairs(padded, table)
+        assert of_padded.dtype == serving.dtype == torch.int32
+        assert torch.equal(of_padded[len(ids[:2]) :][: len(ids)], slots)
+        assert torch.equal(serving == rank, of_padded >= 0)
+        assert torch.equal(serving < 0, padded < 0)
         here = slots >= 0
         served += here
         assert torch.equal(slots[here], table.slot_of_expert[ids[here]])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kernels.exchange import Mailbox, collect, dispatch, gather, reduce_add_norm, reduce_combine
+from kernels.exchange import Mailbox, collect, dispatch, gather, gather_routes, reduce_add_norm, reduce_combine
 from kernels.exchange.mailbox import messages
 from kernels.exchange.reference import finish, rows_served, sum_parts, weighted_part
 from kernels.route import Routes
@@ -23,6 +23,7 @@ from tests.support.moe_cases import assert_close, poisoned
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 EPS = 1e-5
 GPU_CASES = [(8, 2048, torch.bfloat16), (4, 2880, torch.bfloat16), (1, 64, torch.float32), (2, 2048, torch.float16)]
+PADDING = 0.2  # share of rows
 Delay = Callable[[], None]
 
 
@@ -30,7 +31,7 @@ class Inputs:
     """What all ranks have in one exchange, the same in every process; on the CPU.
 
     Attributes:
-        gpus: of every pair, int32 ``[G, T, K]``.
+        gpus: of every pair, int32 ``[G, T, K]``, -1 in padding.
         weights: float32 ``[G, T, K]``.
         rows: ``[G, T, D]``.
         shared: ``[G, T, D]``.
@@ -42,6 +43,7 @@ class Inputs:
     def __init__(self, seed: int, world: int, tokens: int, top_k: int, width: int, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.gpus = torch.randint(world, (world, tokens, top_k), generator=generator, dtype=torch.int32)
+        self.gpus[torch.rand(world, tokens, generator=generator) < PADDING] = -1
         self.weights = torch.rand(world, tokens, top_k, generator=generator)
         self.rows, self.shared, self.residual = torch.randn(3, world, tokens, width, generator=generator).to(dtype)
         self.pairs = torch.randn(world, world * tokens * top_k, width, generator=generator).to(dtype)
@@ -95,12 +97,13 @@ def check_rank(
         assert (everyones == everyones[0]).all(), "the same bits on all ranks"
 
         delay()
-        gpus = gather(inputs.gpus[rank].to(device), mailboxes[1])
-        assert torch.equal(gpus.cpu(), inputs.gpus)
+        gpus = gather_everyones_routes(inputs, mailboxes[1])
         delay()
+        came = mailboxes[2].received.sum().item()
         received = dispatch(inputs.rows[rank].to(device), gpus, mailboxes[2]).cpu()
         needed = rows_served(inputs.gpus, rank)
         assert torch.equal(received[needed], inputs.rows[needed])
+        assert mailboxes[2].received.sum().item() - came == needed.sum() - needed[rank].sum()
 
         delay()
         routes = on_device(inputs.routes(rank))
@@ -117,6 +120,29 @@ def check_rank(
         agree(
             found, finish(sum_parts(torch.stack(parts)), inputs.shared[rank], inputs.residual[rank], inputs.norm, EPS)
         )
+
+
+def gather_everyones_routes(inputs: Inputs, mailbox: Mailbox) -> torch.Tensor:
+    """The GPU of every pair, where GPU g alone has the experts g and g + G; as this rank finds it."""
+    rank, world, device = mailbox.rank, mailbox.num_gpus, mailbox.boxes.device
+    places = (inputs.gpus[rank, :, 0]).long()
+    odd = torch.arange(inputs.gpus.numel()).view_as(inputs.gpus) % 2
+    experts = torch.where(inputs.gpus < 0, 0, inputs.gpus + odd * world).int()
+    own = experts[rank].to(device), inputs.weights[rank].to(device), places.to(device)
+    slot_of_expert = torch.tensor([0 if e % world == rank else -1 for e in range(2 * world)], dtype=torch.int32)
+    ids, weights, slots, gpus = gather_routes(
+        *own, mailbox, slot_of_expert.to(device), (torch.arange(2 * world) % world).to(device)
+    )
+    assert slots is not None
+    assert gpus is not None
+    assert torch.equal(ids.cpu(), torch.where(inputs.gpus < 0, -1, experts))
+    assert torch.equal(weights.cpu(), inputs.weights)
+    assert torch.equal(gpus.cpu(), inputs.gpus)
+    assert torch.equal(slots.cpu(), torch.where(inputs.gpus == rank, 0, -1).int())
+    plain = gather_routes(*own, mailbox)
+    assert torch.equal(plain[0], ids)
+    assert plain[2:] == (None, None)
+    return gpus
 
 
 def _interpreted_rank(rank: int, memories: list[torch.Tensor], most_rows: int, words: int, cases: Any) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kernels.level_dispatch import DispatchTable, level_dispatch
+from kernels.level_dispatch import DispatchTable, dispatch_tokens, level_dispatch
 from kernels.level_dispatch.kernel import level_triton
 from kernels.level_dispatch.reference import level_slots_reference
-from kernels.level_dispatch.runs import slots_of_choices
+from kernels.level_dispatch.runs import gpus_of_choices, slots_of_choices
 from tests.support.moe_cases import poisoned
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "level_dispatch_cases.json").read_text())
@@ -60,6 +60,26 @@ def check_tokens(
         assert chosen.tolist() == expected.tolist()
         assert found is not None
         assert torch.equal(found, slots)
+    check_padded(device, experts, table)
+
+
+def check_padded(device: str, experts: torch.Tensor, table: DispatchTable) -> None:
+    """Slots and GPUs of routes among which there are rows of padding, by both ways to lay pairs out."""
+    gpus = dispatch_tokens(experts, table.copies, table.num_gpus, table.split_above_tokens).int()
+    rows = torch.arange(len(experts)) * 3 // 2  # every third row is padding
+    padded, expected, slots = torch.full((3, 2 + 2 * len(experts), experts.shape[1]), -1, dtype=torch.int32)
+    padded[rows], expected[rows] = experts.int(), gpus
+    slots[rows] = torch.where(gpus == table.rank, table.slot_of_expert.cpu()[experts], -1)
+    padded = padded.to(device)
+    served = torch.empty_like(padded)
+    with poisoned():
+        chosen, found = level_triton(padded, table, served=served)
+    assert found is not None
+    assert torch.equal(found.cpu(), slots)
+    assert torch.equal(served.cpu(), expected)
+    counts = torch.bincount(experts.flatten(), minlength=len(table.holders)).int().to(device)
+    both = gpus_of_choices(padded, chosen, counts, table)
+    assert torch.equal(torch.where(padded < 0, -1, both).cpu(), expected)
 
 
 def check_random(

@@ -46,6 +46,7 @@ def poisoned() -> Iterator[None]:
     with (
         mock.patch("torch.empty", filled(torch.empty)),
         mock.patch("torch.empty_like", filled(torch.empty_like)),
+        mock.patch("torch.Tensor.new_empty", filled(torch.Tensor.new_empty)),
     ):
         yield
 

@@ -40,13 +40,13 @@ def native_model(
     return NativeModel(decoder, chosen.max_sequences, chosen.max_prefill_tokens, graphs)
 
 
-def admission(number: int, prompt: Sequence[int], new_tokens: int) -> Admission:
-    """A greedy request, with pages by its number."""
+def admission(number: int, prompt: Sequence[int], new_tokens: int, homes: int = 1) -> Admission:
+    """A greedy request, with pages by its number, dealt to so many ranks."""
     pages = -(-(len(prompt) + new_tokens) // PAGE_SIZE)
     assert pages <= PAGES_EACH
     first = number * PAGES_EACH
     sampling = SamplingParameters(temperature=0, seed=0)
-    return Admission(number, list(prompt), 0, sampling, pages=list(range(first, first + pages)))
+    return Admission(number, list(prompt), number % homes, sampling, pages=list(range(first, first + pages)))
 
 
 def prefill(model: NativeModel, admissions: Sequence[Admission]) -> dict[int, int]:
@@ -65,7 +65,7 @@ def retire(model: NativeModel, sequences: Sequence[int]) -> None:
 
 
 class Recording:
-    """Tokens and float32 logits ``[V]`` of every sequence, step by step."""
+    """Tokens of every sequence and float32 logits ``[V]`` of those at home on this rank, step by step."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
@@ -73,20 +73,23 @@ class Recording:
 
     def note(self, model: NativeModel, new: dict[int, int]) -> None:
         """Add what a step gave."""
-        rows = torch.cat(model.logits).float().cpu().numpy()
-        for (sequence, token), row in zip(new.items(), rows, strict=True):
+        rows = torch.cat(model.logits).float().cpu().numpy() if model.logits else ()
+        for sequence, token in new.items():
             self.tokens.setdefault(sequence, []).append(token)
+        for sequence, row in zip(model.sampled, rows, strict=True):
             self.logits.setdefault(sequence, []).append(row.copy())
 
 
 def drive(model: NativeModel, prompts: Sequence[Sequence[int]], arrivals: Sequence[int], new_tokens: int) -> Recording:
     """Admit each prompt at its step and decode until all have so many tokens."""
     recording = Recording()
+    ranks = model.decoder.ranks
+    homes = ranks.group.world_size if ranks is not None and ranks.splits_rows else 1
     step = 0
     while len(recording.tokens) < len(prompts) or model.running:
         due = [number for number, arrival in enumerate(arrivals[: len(prompts)]) if arrival == step]
         if due:
-            recording.note(model, prefill(model, [admission(n, prompts[n], new_tokens) for n in due]))
+            recording.note(model, prefill(model, [admission(n, prompts[n], new_tokens, homes) for n in due]))
         elif model.running:
             recording.note(model, decode(model))
         retire(model, [number for number in model.running if len(recording.tokens[number]) == new_tokens])

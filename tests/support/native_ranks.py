@@ -11,14 +11,19 @@ from unittest import mock
 import torch
 from transformers import AutoConfig
 
+from kernels.exchange import Mailbox
+from kernels.exchange.mailbox import messages
 from placement.plan import PlacementPlan
+from runtime.native.exchange_modes import meet
 from runtime.native.families import read_shape
 from runtime.native.loading import make_decoder
 from runtime.native.model import NativeModel
-from runtime.native.ranks import Ranks
+from runtime.requests import TokenLogprobs
 from runtime.settings import EngineSettings
 from runtime.worker import local_slots
-from tests.support.native import PAGE_SIZE, Recording, drive
+from tests.support.native import PAGE_SIZE, Recording, admission, decode, drive, prefill, retire
+
+HARDLY = {"frequency_penalty": 1e-7}  # has tokens chosen again, and changes none
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,43 @@ class NativeJob:
         shape = read_shape(config)
         chosen = {"cache_tokens": 2048, "max_sequences": 8, "max_prefill_tokens": 24} | self.settings
         settings = EngineSettings(**chosen)
-        ranks = Ranks.meet(shape, group, dtype, settings.max_sequences)
+        ranks = meet(settings.exchange or "allreduce", shape, group, dtype, settings.max_sequences)
         slots = local_slots(plan, group.rank)
         decoder, fill = make_decoder(self.model, config, shape, slots, dtype, group.device, settings, PAGE_SIZE, ranks)
         fill()
         ranks.place(decoder.weights, plan)
         return NativeModel(decoder, settings.max_sequences, settings.max_prefill_tokens, self.graphs)
+
+
+@dataclass(frozen=True)
+class MailboxJob(NativeJob):
+    """The same in Triton's interpreter, where mailboxes are files that all ranks map.
+
+    Attributes:
+        memory: how the files' paths begin.
+        most_rows: of a step that goes through mailboxes.
+        mapped: the files, as long as the job lives.
+    """
+
+    memory: str = ""
+    most_rows: int = 2
+    mapped: list[torch.Tensor] = field(default_factory=list)
+
+    def load(self, group: Any) -> NativeModel:
+        """See `NativeJob.load`."""
+        model = super().load(group)
+        ranks = model.decoder.ranks
+        assert ranks is not None
+        words = max(model.decoder.shape.width, 2 * model.decoder.shape.top_k)  # float32
+        size = messages(group.world_size, self.most_rows, words)
+        for number in range(ranks.num_mailboxes):
+            files = [f"{self.memory}.{rank}.{number}" for rank in range(group.world_size)]
+            memories = [torch.from_file(file, shared=True, size=size, dtype=torch.int64) for file in files]
+            addresses = [memory.data_ptr() for memory in memories]
+            mailbox = Mailbox.in_memory(memories[group.rank], addresses, group.rank, self.most_rows, words)
+            ranks.mailboxes.append(mailbox)
+            self.mapped.extend(memories)
+        return model
 
 
 @dataclass(frozen=True)
@@ -93,26 +129,83 @@ class FailingJob:
 
 
 @dataclass(frozen=True)
+class ReplayJob(NativeJob):
+    """Prompts decoded by the routers' choice, then by the same experts replayed, then by other ones."""
+
+    def run(self, group: Any) -> list[list[torch.Tensor]]:
+        """Logits of this rank's rows, step by step, of the three runs."""
+        model = self.load(group)
+        own: list[torch.Tensor] = []
+        found = [self._decode(model, None, own)]
+        layers = sum(model.decoder.shape.moe_layers)
+        ids = torch.stack(own).unflatten(0, (self.new_tokens, layers))
+        found.append(self._decode(model, ids, []))
+        found.append(self._decode(model, (ids + 1) % model.decoder.shape.num_experts, []))
+        return found
+
+    def _decode(self, model: NativeModel, routes: torch.Tensor | None, seen: list[torch.Tensor]) -> list[torch.Tensor]:
+        ranks = model.decoder.ranks
+        assert ranks is not None
+        homes = ranks.group.world_size
+        numbers = range(len(self.prompts))
+        prefill(model, [admission(n, self.prompts[n], self.new_tokens + 1, homes) for n in numbers])
+        model.replay(routes)
+        mine = len(numbers[ranks.group.rank :: homes])
+        if routes is None:
+            model.decoder.replace_ids = lambda _, ids: (seen.append(ids[:mine]), ids)[1]
+        found = []
+        for _ in range(self.new_tokens):
+            decode(model)
+            found.append(torch.cat(model.logits))
+        model.replay(None)
+        retire(model, list(numbers))
+        return found
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an engine gave.
+
+    Attributes:
+        tokens: per prompt.
+        logprobs: of the tokens, per prompt; None where they were not asked for.
+        pairs: per MoE layer, GPU and slot.
+        exchanged_bytes: of all ranks.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[TokenLogprobs | None]]
+    pairs: list[list[list[int]]]
+    exchanged_bytes: int
+
+
+@dataclass(frozen=True)
 class ServingJob:
-    """The engine on rank 0, the other ranks following it; the result on rank 0 is tokens, slot loads and bytes sent.
+    """The engine on rank 0, the other ranks following it.
 
     Attributes:
         model: directory.
-        plan: as `PlacementPlan.to_dict` gives it.
+        plan: as `PlacementPlan.to_dict` gives it, with the exchange mode.
         prompts: token ids, continued greedily.
         new_tokens: generated for each prompt.
+        logprobs: how many of the likeliest tokens each prompt asks for, or None.
+        record: path of the traces of every prompt, with token ids.
     """
 
     model: str
     plan: dict[str, Any]
     prompts: list[list[int]]
     new_tokens: int
+    logprobs: tuple[int | None, ...]
+    record: str
 
-    def run(self, group: Any) -> tuple[list[list[int]], list[list[list[int]]], int] | None:
-        """Tokens per prompt, pairs per MoE layer, GPU and slot, and exchanged bytes; None on ranks that follow."""
+    def run(self, group: Any) -> Served | None:
+        """None on ranks that follow."""
         from runtime.engine import Engine
         from runtime.load import slots_as_lists
         from runtime.native.loading import load_native
+        from runtime.recording import start_recording
+        from runtime.recording_settings import RecordSettings
         from runtime.requests import SamplingParameters, TokenEvent
 
         plan = PlacementPlan.from_dict(self.plan)
@@ -122,23 +215,31 @@ class ServingJob:
         if group.rank > 0:
             worker.serve()
             return None
+        record = RecordSettings(record=self.record, record_rate=1.0, record_token_ids=True)
+        worker.record(start_recording(record, plan, self.model, worker.facts))
         engine = Engine(worker, settings, (), worker.facts.max_context)
-        engine.start()
-        sampling = SamplingParameters(temperature=0, seed=0, max_tokens=self.new_tokens, ignore_eos=True)
         tokens: list[list[int]] = [[] for _ in self.prompts]
+        logprobs: list[list[TokenLogprobs | None]] = [[] for _ in self.prompts]
         ended = threading.Semaphore(0)
 
         def take(number: int, event: TokenEvent) -> None:
             if event.token_id is not None:
                 tokens[number].append(event.token_id)
+                logprobs[number].append(event.logprobs)
             if event.finish_reason is not None:
                 ended.release()
 
-        for number, prompt in enumerate(self.prompts):
+        for number, (prompt, likeliest) in enumerate(zip(self.prompts, self.logprobs, strict=True)):
+            sampling = SamplingParameters(
+                temperature=0, seed=0, max_tokens=self.new_tokens, ignore_eos=True, logprobs=likeliest, **HARDLY
+            )
             engine.submit(prompt, sampling, functools.partial(take, number))
+        engine.start()
         for _ in self.prompts:
             assert ended.acquire(timeout=60)
         engine.shutdown()
+        assert worker.recording is not None
+        worker.recording.close()
         total = engine.meter.read().total
         assert total is not None
-        return tokens, slots_as_lists(total.pairs, plan.slots), total.exchanged_bytes
+        return Served(tokens, logprobs, slots_as_lists(total.pairs, plan.slots), total.exchanged_bytes)

@@ -1,6 +1,8 @@
 """Ranks that decode natively together for many steps, each held up at random: they must find the same tokens.
 
-torchrun --nproc-per-node 2 -m tests.support.native_soak MODEL STEPS
+torchrun --nproc-per-node 2 -m tests.support.native_soak MODEL STEPS EXCHANGE
+
+Memory that is handed out unwritten is full of NaN.
 """
 
 from __future__ import annotations
@@ -8,16 +10,32 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
 from runtime.distributed import RankAddress, RankGroup, choose_backend, choose_device
 from runtime.native.model import NativeModel
+from tests.support.moe_cases import poisoned
 from tests.support.native import admission, decode, prefill, retire
 from tests.support.native_ranks import NativeJob
 from tests.support.plans import make_plan
 
 MOST_TOKENS, COMPARED = 40, 100  # of a sequence; steps between two comparisons
+
+
+class Choices:
+    """Takes the place of a recording: the sum over all routes that this rank knows of."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.checksum = torch.zeros((), dtype=torch.int64, device=device)
+
+    def keep(self, fed: Sequence[object], experts: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> None:
+        """Add a pass."""
+        rows = sum(tokens.count for tokens in fed)  # type: ignore[attr-defined]
+        for layer, (ids, shares) in enumerate(zip(experts, weights, strict=True)):
+            numbers = ids[:rows].long() * 1009 + shares[:rows].contiguous().view(torch.int32)
+            self.checksum += (layer + 1) * (numbers * torch.arange(1, rows + 1, device=ids.device)[:, None]).sum()
 
 
 class Soak:
@@ -32,6 +50,11 @@ class Soak:
         self.model = model
         self.shared, self.own = random.Random(0), random.Random(rank + 1)
         self.ages: dict[int, int] = {}
+        ranks = model.decoder.ranks
+        assert ranks is not None
+        self.homes = ranks.group.world_size if ranks.splits_rows else 1
+        self.choices = Choices(ranks.group.device)
+        model.recording = self.choices  # type: ignore[assignment]
         self.checksum = 0
 
     def step(self) -> None:
@@ -47,9 +70,8 @@ class Soak:
             coming = free[: self.shared.randrange(1, 4)]
             prompts = [[self.shared.randrange(4, 120) for _ in range(self.shared.randrange(1, 30))] for _ in coming]
             self._delay()
-            self._note(
-                prefill(self.model, [admission(n, p, MOST_TOKENS) for n, p in zip(coming, prompts, strict=True)])
-            )
+            admissions = [admission(n, p, MOST_TOKENS, self.homes) for n, p in zip(coming, prompts, strict=True)]
+            self._note(prefill(self.model, admissions))
             self.ages |= dict.fromkeys(coming, 0)
         self._delay()
         self._note(decode(self.model))
@@ -68,29 +90,38 @@ class Soak:
         for number, token in tokens.items():
             assert token >= 0, "logits are not finite"
             self.checksum = (self.checksum * 31 + number * 1009 + token) % (1 << 61)
+        if self.homes > 1:
+            return  # no other rank has these logits
         bits = [logits.float().contiguous().view(torch.int32).sum(dtype=torch.int64) for logits in self.model.logits]
         self.checksum = (self.checksum + int(torch.stack(bits).sum())) % (1 << 61)
 
 
 def main() -> None:
     """Decode and compare all ranks' checksums now and then."""
-    model, steps = sys.argv[1], int(sys.argv[2])
+    model, steps, exchange = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     address = RankAddress.from_environment()
     assert address is not None
     device = choose_device("auto", address)
     group = RankGroup(address, device, choose_backend(device, address), 60)
     plan = make_plan(model, "replicated", group.world_size).to_dict()
     on_gpu = device.type == "cuda"
-    job = NativeJob(model, plan, [], [], 0, "bfloat16" if on_gpu else "float32", graphs=on_gpu)
-    soak = Soak(job.load(group), group.rank)
+    dtype, settings = "bfloat16" if on_gpu else "float32", {"exchange": exchange}
+    job = NativeJob(model, plan, [], [], 0, dtype, graphs=on_gpu, settings=settings)
     start_s = time.perf_counter()
+    with poisoned():
+        soak = Soak(job.load(group), group.rank)
+        decode_together(soak, group, steps)
+    print(f"rank {group.rank}: {steps} steps in {time.perf_counter() - start_s:.1f} s, checksum {soak.checksum}")
+    group.close()
+
+
+def decode_together(soak: Soak, group: RankGroup, steps: int) -> None:
+    """Take steps; every now and then all ranks must have found the same."""
     for step in range(1, steps + 1):
         soak.step()
         if step % COMPARED == 0 or step == steps:
-            found = group.gather_tokens(torch.tensor([soak.checksum]))
-            assert (found == found[0]).all(), f"step {step}: ranks found {found.flatten().tolist()}"
-    print(f"rank {group.rank}: {steps} steps in {time.perf_counter() - start_s:.1f} s, checksum {soak.checksum}")
-    group.close()
+            found = group.gather_tokens(torch.tensor([soak.checksum, int(soak.choices.checksum)]))
+            assert (found == found[0]).all(), f"step {step}: ranks found {found.tolist()}"
 
 
 if __name__ == "__main__":

@@ -84,9 +84,10 @@ def test_the_choice_by_device_and_ranks(tmp_path: Any, caplog: pytest.LogCapture
     assert choose_native(path, EngineSettings(path="native"), on_cpu) is not None
     on_two = cast(Any, SimpleNamespace(rank=0, world_size=2, device=torch.device("cuda")))
     assert choose_native(path, EngineSettings(), on_two) is not None
-    assert choose_native(path, EngineSettings(), on_two, "alltoall") is None
-    with pytest.raises(ModelError, match="exchange alltoall of 2 ranks"):
-        choose_native(path, EngineSettings(path="native"), on_two, "alltoall")
+    assert choose_native(path, EngineSettings(), on_two, "alltoall") is not None
+    assert choose_native(path, EngineSettings(), on_two, "relay") is None
+    with pytest.raises(ModelError, match="exchange relay of 2 ranks; the native path has allreduce, alltoall"):
+        choose_native(path, EngineSettings(path="native"), on_two, "relay")
     with pytest.raises(ModelError, match="path=fast"):
         EngineSettings(path="fast")
 
