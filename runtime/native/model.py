@@ -50,7 +50,9 @@ class NativeModel:
         self.max_context = min(len(decoder.rotary), cache.num_tokens)
         ranks = decoder.ranks
         self._ranks = ranks if ranks is not None and ranks.splits_rows else None
-        self._num_homes = 1 if self._ranks is None else self._ranks.group.world_size
+        self._num_homes, self._own_home = 1, 0
+        if self._ranks is not None:
+            self._num_homes, self._own_home = self._ranks.group.world_size, self._ranks.group.rank
         self.max_rows = -(-max_sequences // self._num_homes)
         self.logits: list[torch.Tensor] = []
         self.sampled: list[int] = []
@@ -102,7 +104,7 @@ class NativeModel:
 
     def _mine(self, sequences: Mapping[int, RunningSequence]) -> dict[int, RunningSequence]:
         """Those that this rank has rows for."""
-        return self._by_home(sequences)[0 if self._ranks is None else self._ranks.group.rank]
+        return self._by_home(sequences)[self._own_home]
 
     def _holds(self, home: int) -> bool:
         return self._ranks is None or self._ranks.holds(home)
@@ -169,7 +171,8 @@ class NativeModel:
 
     def _decode(self, decoding: Mapping[int, RunningSequence], new: NewTokens) -> None:
         """Feed every sequence's newest token; ranks with rows of their own take a step of the same size."""
-        by_home, mine = self._by_home(decoding), self._mine(decoding)
+        by_home = self._by_home(decoding)
+        mine = by_home[self._own_home]
         numbers, running = list(mine), list(mine.values())
         most = max(map(len, by_home))
         num_rows = bucket_of(most, max(most, self.max_rows))
